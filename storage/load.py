@@ -121,10 +121,10 @@ def load(
         budget_bytes: the memory that this rank may use in addition to the tensors. Default: the smaller of 2 GiB and a
             tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
             torchrun sets), but at least 64 MiB.
-        max_over_read: bytes in gaps that requests may read over, as a fraction of the stored bytes that are wanted, to
-            save requests. Default: every gap of at most 4 KiB, and 0.005 for a native checkpoint; 0.25 for another
-            format on a disk; for another format on an object store, and for a native checkpoint there that would need
-            hundreds of requests, as much as the latency of the store justifies.
+        max_over_read: how many bytes in gaps may be read in order to save requests, as a fraction of the stored bytes
+            that are needed. Default: for reshard's format, every gap of at most 4 KiB, and 0.005; for other formats on
+            a disk, 0.25. For other formats on an object store, it is as much as the latency of the store justifies.
+            The same holds for a checkpoint in reshard's format on an object store that would need hundreds of requests.
         cooperative: whether ranks that need the same bytes, or parts of the same rows, read them once between them and
             send them to each other over gloo. "auto" does so if the checkpoint is on an object store, and if it saves
             at least a tenth of the estimated time. All ranks must pass the same value.

@@ -317,9 +317,9 @@ def save(
     of the tensor. A sharded tensor that consists of several tensors is refused.
 
     Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. Tensors in tuples and
-    other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a tensor of
-    64 KiB or less, the one of the lowest rank is stored; a larger tensor is taken from any of them. If ranks have
-    different ones, the report and a warning list the name. Tensors of more than 64 KiB are compared by a sample.
+    other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a replicated
+    tensor of 64 KiB or less, that of the lowest rank is stored; a larger replica is taken from any of the ranks. If the
+    ranks have different values, the report and a warning list the name. Of larger replicas, only samples are compared.
 
     Args:
         state_dict: tensors and values by name, in nested dicts and lists. The state of Stateful values is saved.

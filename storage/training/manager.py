@@ -440,7 +440,7 @@ class CheckpointManager:
         """Load the latest checkpoint that is complete and not damaged, in place. Collective.
 
         If a checkpoint turns out to be damaged or unreadable while it is read, on any rank, a warning names it, and all
-        ranks load the previous one. The load of that one overwrites everything that the damaged one may have loaded.
+        ranks load the previous one. This overwrites everything that was loaded from the damaged one.
         Other errors are raised: a state dict that does not fit, a store that is not available or refuses access.
 
         Checkpoints of later steps than the restored one are abandoned: they are no longer listed. When a new checkpoint

@@ -55,8 +55,8 @@ def every(n: int | datetime.timedelta) -> Policy:
     """Return a policy that keeps checkpoints at regular intervals.
 
     Args:
-        n: a number of steps: steps that are divisible by `n` are kept. Or a time: the first checkpoint is kept, and
-            each one that was saved at least this time after the last one that is kept.
+        n: a number of steps, to keep the steps that are divisible by it. Or a `timedelta`, to keep the first checkpoint,
+            and then each one that was saved at least this time after the previous one that was kept.
     """
     if isinstance(n, datetime.timedelta):
         if n <= datetime.timedelta():

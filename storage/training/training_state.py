@@ -54,9 +54,9 @@ def training_state(
         model: the model. Its names begin with "model.".
         optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
             yet have no state, also after a load; nor do parameters that are frozen when the state dict is loaded. A
-            save does not change the optimizer, and calls none of its own step hooks. One whose step needs a closure,
-            such as LBFGS, must have made a step before it is saved, and is loaded only into one with the same entries
-            in its state, which for LBFGS depend on the number of steps.
+            save does not change the optimizer, and calls none of its own step hooks. An optimizer whose step needs a
+            closure, such as LBFGS, must have made a step before it is saved. It can only be loaded into an optimizer
+            whose state has the same entries; for LBFGS, these depend on the number of steps.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
