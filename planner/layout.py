@@ -295,6 +295,24 @@ def _take(runs: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, 
 _COLWISE = (Shard(-2), Shard(0))
 _ROWWISE = (Shard(-1), REPLICATE)
 _REPLICATE = (REPLICATE, REPLICATE)
+_NO_TP_DIMENSIONS = frozenset(
+    (
+        "batch",
+        "cp",
+        "data",
+        "ddp",
+        "dp",
+        "dp_replicate",
+        "dp_shard",
+        "fsdp",
+        "hsdp",
+        "pp",
+        "replicate",
+        "shard",
+        "stage",
+    )
+)
+"""Names of mesh dimensions over which words of tensor parallelism cut nothing."""
 TP_WORDS: Mapping[str, tuple[Placement, Placement]] = MappingProxyType(
     {
         "colwise": _COLWISE,
@@ -461,7 +479,9 @@ class Layout:
                     "pass one for each mesh dimension"
                 )
             return tuple(_placement(pattern, placement, ndim) for placement in rule)
-        by_name = rule if isinstance(rule, Mapping) else {self._tp_dimension(pattern): _placement(pattern, rule, ndim)}
+        by_name = (
+            rule if isinstance(rule, Mapping) else {self._dimension_of(pattern, rule): _placement(pattern, rule, ndim)}
+        )
         unknown = set(by_name) - set(self.mesh.names)
         if unknown:
             raise LayoutError(
@@ -470,9 +490,17 @@ class Layout:
             )
         return tuple(_placement(pattern, by_name.get(name, REPLICATE), ndim) for name in self.mesh.names)
 
-    def _tp_dimension(self, pattern: str) -> str:
+    def _dimension_of(self, pattern: str, rule: object) -> str:
+        """Return the mesh dimension of a rule that names none. Raises LayoutError."""
         if len(self.mesh.names) == 1:
-            return self.mesh.names[0]
+            name = self.mesh.names[0]
+            cuts = isinstance(rule, str) and TP_WORDS.get(rule, _REPLICATE) is not _REPLICATE
+            if cuts and name in _NO_TP_DIMENSIONS:
+                raise LayoutError(
+                    f"{pattern!r}: {rule!r} is a word of tensor parallelism, but the only dimension of the mesh is "
+                    f"{name!r}: name it 'tp', or pass a placement such as {{{name!r}: Shard(0)}}"
+                )
+            return name
         if "tp" not in self.mesh.names:
             raise LayoutError(
                 f"{pattern!r}: the rule does not name a dimension of mesh {self.mesh}, and none of them is named 'tp': "

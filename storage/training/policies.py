@@ -55,8 +55,8 @@ def every(n: int | datetime.timedelta) -> Policy:
     """Return a policy that keeps checkpoints at regular intervals.
 
     Args:
-        n: a number of steps, to keep the steps that are divisible by it. Or a `timedelta`, to keep the first checkpoint,
-            and then each one that was saved at least this time after the previous one that was kept.
+        n: a number of steps, to keep the steps that are divisible by it. Or a `timedelta`, to keep the first
+            checkpoint, and then each one that was saved at least this time after the previous one that was kept.
     """
     if isinstance(n, datetime.timedelta):
         if n <= datetime.timedelta():
@@ -84,7 +84,7 @@ def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> Pol
     """Return a policy that keeps the `n` checkpoints with the best values of a metric.
 
     Of equal values, the later step counts as better. A checkpoint without the metric, or with NaN, never counts as
-    best. If no checkpoint has the metric, a warning names it, since its name is probably wrong.
+    best. While no checkpoint has the metric, all of them are kept, and a warning names it, since its name may be wrong.
 
     Args:
         metric: the name of the metric, a key of the `metrics` of `CheckpointManager.save`.
@@ -99,16 +99,18 @@ def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> Pol
 
     def keep(saved: Sequence[SavedStep]) -> Iterable[int]:
         nonlocal warned
-        ranked = by_metric(saved, metric, mode)
-        if saved and not warned and not any(metric in found.metrics for found in saved):
+        if any(metric in found.metrics for found in saved):
+            return [found.step for found in by_metric(saved, metric, mode)[:count]]
+        if saved and not warned:
             known = sorted({name for found in saved for name in found.metrics})
             logger.warning(
-                "best(%r) keeps nothing: no checkpoint has this metric; they have: %s. Pass it to save() in metrics",
+                "best(%r) keeps all checkpoints: none of them has this metric; they have: %s. Pass it to save() in "
+                "metrics",
                 metric,
                 ", ".join(map(repr, known)) or "none",
             )
             warned = True
-        return [found.step for found in ranked[:count]]
+        return [found.step for found in saved]
 
     return keep
 

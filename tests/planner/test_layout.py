@@ -158,6 +158,13 @@ def test_unused_rules_agree_with_matches(names: list[str], patterns: list[str]) 
     assert unused_rules(Layout(2, dict.fromkeys(patterns, "colwise")), names) == expected
 
 
+def test_a_mesh_of_replicas_is_not_cut_by_words_of_tensor_parallelism() -> None:
+    assert Layout({"dp": 2}, {"a": "replicate"}).placements("a", 2) == (Replicate(),)
+    for rule in (Shard(0), {"fsdp": Shard(0)}, [Shard(0)]):
+        assert Layout({"fsdp": 2}, {"a": rule}).placements("a", 2) == (Shard(0),)
+    assert Layout({"model": 2}, {"a": "colwise"}).placements("a", 2) == (Shard(-2),)
+
+
 def test_rules_may_name_mesh_dimensions() -> None:
     layout = Layout({"dp": 2, "tp": 2}, {"a": [Shard(0), Shard(1)], "b": {"dp": Shard(0)}, "c": Shard(-1)})
     assert layout.placements("a", 2) == (Shard(0), Shard(1))
@@ -175,6 +182,12 @@ def test_layout_can_be_pickled() -> None:
     [
         (2, {"a": "columnwise"}, "unknown tensor-parallel word 'columnwise'"),
         ({"x": 2, "y": 2}, {"a": "colwise"}, "none of them is named 'tp'"),
+        (
+            {"dp": 2},
+            {"a": "colwise"},
+            "'colwise' is a word of tensor parallelism, but the only dimension of the mesh is",
+        ),
+        ({"fsdp": 2}, {"a": "rowwise"}, r"name it 'tp', or pass a placement such as \{'fsdp': Shard\(0\)\}"),
         ({"dp": 2, "tp": 2}, {"a": [Shard(0)]}, "has 2 dimensions, got 1 placements"),
         ({"dp": 2, "tp": 2}, {"a": {"pp": Shard(0)}}, "'pp'"),
         ({}, {}, "a mesh needs"),

@@ -47,7 +47,7 @@ def test_rank_reads_only_tensors_of_its_stage() -> None:
 
 
 def test_layouts_with_stages_compare_by_value() -> None:
-    one, two = (Layout({"pp": 2}, {"a": "colwise"}, stages) for stages in ({"a": 0, "b": 1}, {"b": 1, "a": 0}))
+    one, two = (Layout({"pp": 2}, {"a": "replicate"}, stages) for stages in ({"a": 0, "b": 1}, {"b": 1, "a": 0}))
     assert one == two
     assert hash(one) == hash(two)
     assert hash(Layout({"tp": 2})) == hash(Layout({"tp": 2}))

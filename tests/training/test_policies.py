@@ -83,15 +83,14 @@ def test_infinite_metrics_count() -> None:
     assert list(reshard.best("loss", 1, mode="max")(run(math.inf, 3))) == [100]
 
 
-def test_best_warns_once_if_no_checkpoint_has_the_metric(caplog: pytest.LogCaptureFixture) -> None:
+def test_best_keeps_all_checkpoints_and_warns_once_if_none_has_the_metric(caplog: pytest.LogCaptureFixture) -> None:
     policy = reshard.best("lss")
     with caplog.at_level(logging.WARNING):
-        assert list(policy(run(1, 2))) == []
-        assert list(policy(run(1, 2))) == []
+        assert list(policy(run(1, 2))) == [100, 200]
+        assert list(policy(run(1, 2))) == [100, 200]
         assert list(policy([])) == []
-    assert [record.getMessage() for record in caplog.records] == [
-        "best('lss') keeps nothing: no checkpoint has this metric; they have: 'loss'. Pass it to save() in metrics"
-    ]
+    message = "best('lss') keeps all checkpoints: none of them has this metric; they have: 'loss'"
+    assert [record.getMessage() for record in caplog.records] == [f"{message}. Pass it to save() in metrics"]
 
 
 def kept_by(policies: Sequence[reshard.Policy], saved: Sequence[reshard.SavedStep]) -> set[int]:
