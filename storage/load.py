@@ -353,7 +353,9 @@ class _Load:
         report = Report(self._rank, reports, match.missing_keys, unexpected, unused_patterns=tuple(unused))
         if self._rank == 0:
             if all(of_rank.is_empty for of_rank in done):
-                logger.warning("nothing was loaded: no rank has a name in its state dict that `exclude` does not match")
+                logger.warning(
+                    "nothing was loaded: the state dict of each rank is empty, or `exclude` matches all of its names"
+                )
             _log(report, self._read.describe_unexpected_keys(unexpected))
         return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import typer
 
 import reshard
+from reshard.errors import CheckpointNotFoundError
 from reshard.planner.masking import masked
 from reshard.planner.text import shown
 from reshard.storage.maintenance.catalog import UNFINISHED_CONVERSION, find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
+from reshard.storage.stores.uris import is_local
 from reshard.storage.training.run_catalog import METRICS, stored_metrics
 
 from ..humanize import format_age, format_bytes
@@ -24,6 +27,8 @@ SHOWN_NAMES = 10
 
 
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
+    if is_local(uri) and not os.path.exists(uri.removeprefix("file://")):
+        raise CheckpointNotFoundError(f"there is no folder {uri}")
     found = reshard.find_checkpoints(uri, storage_options(options))
     if as_json:
         print_json([_as_json(checkpoint) for checkpoint in found])
@@ -94,7 +99,11 @@ def gc(
     for remains in found:
         print_line(f"{remains.uri}: {len(remains.names)} objects, {format_bytes(remains.nbytes)}")
     if not found:
+        younger = reshard.gc(uri, given, older_than_s=0, dry_run=True)
         print_line(f"no data that is older than {older_than_hours:g} hours")
+        for remains in younger:
+            objects = f"{len(remains.names)} objects, {format_bytes(remains.nbytes)}"
+            print_line(f"{remains.uri}: {objects} are younger: a save may be running; see --older-than")
     elif not dry_run:
         total = sum(remains.nbytes for remains in found)
         if not yes and not typer.confirm(f"Remove {format_bytes(total)} that no checkpoint uses?"):

@@ -19,6 +19,8 @@ from ..planner.text import first_few, quoted
 from ..storage.conversion.convert import TARGETS
 from .common import options_of, print_line, storage_options
 
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
@@ -42,7 +44,9 @@ class ConvertOptions:
     def torch_dtype(self) -> torch.dtype | None:
         dtype = getattr(torch, self.dtype, None) if self.dtype else None
         if self.dtype and not isinstance(dtype, torch.dtype):
-            raise typer.BadParameter(f"torch has no dtype {self.dtype!r}", param_hint="--dtype")
+            near = _SHORT_DTYPES.get(self.dtype.lower())
+            hint = f"; pass {near!r}" if near else ""
+            raise typer.BadParameter(f"torch has no dtype {self.dtype!r}{hint}", param_hint="--dtype")
         return dtype
 
     @property

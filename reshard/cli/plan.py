@@ -223,7 +223,8 @@ def _words(checkpoint: Checkpoint, given: list[str], tp: int) -> dict[str, str]:
         plan = checkpoint.tp_plan
         if not plan and tp > 1:
             raise typer.BadParameter(
-                "the checkpoint has no config.json with a plan: pass rules", param_hint="--tp-plan"
+                f"--tp {tp} needs rules, such as --tp-plan '*.up=colwise': there is no config.json with a plan",
+                param_hint="--tp-plan",
             )
         return plan
     words: dict[str, str] = {}

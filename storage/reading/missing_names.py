@@ -128,9 +128,11 @@ class MissingNames:
         if resize := self.describe_resize(missing, "list"):
             return f"{resize}: {_SAME_ITEMS}"
         names = list(self._match.stored_names)
+        outer_names = {name.removesuffix(f".{missing}") for name in names if name.endswith(f".{missing}")}
+        if len(outer_names) == 1:
+            (outer,) = outer_names
+            return f"it has {f'{outer}.{missing}'!r}: nest the state dict under {outer!r}"
         for name in names:
-            if name.endswith(f".{missing}"):
-                return f"it has {name!r}: nest the state dict under {name.removesuffix(missing)[:-1]!r}"
             if missing.endswith(f".{name}"):
                 outer = missing.removesuffix(name)[:-1]
                 return f"it has {name!r}: the state dict is nested too deeply, remove the outer key {outer!r}"

@@ -68,8 +68,6 @@ class NameMatch:
         self.leaves = self._with_parts(flatten(states))
         """All leaves, by name."""
         wanted = {name: leaf for name, leaf in self.leaves.items() if not matches_any(options.exclude, name)}
-        self.is_empty = not wanted
-        """Whether no name of the state dict is to be loaded."""
         self.present = {name: leaf for name, leaf in wanted.items() if self._is_present(name)}
         """The leaves that are entries of the checkpoint, by name."""
         self.containers: list[tuple[Leaf, list[str]]] = []
@@ -80,6 +78,8 @@ class NameMatch:
         """All leaves of the checkpoint's values that were decoded for `nested`, by their paths in the state dict."""
         self.missing = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
         """The leaves that the checkpoint does not have. See `check_missing`."""
+        self.is_empty = not self.containers and all(leaf.is_empty_dict for leaf in wanted.values())
+        """Whether nothing of the state dict is to be loaded."""
         self.missing_keys = tuple(leaf.name for leaf in self.missing)
         """See `Report`."""
         self.unused_patterns = (

@@ -292,7 +292,7 @@ def test_a_pattern_may_match_a_name_of_another_rank(ranks: RankPool, tmp_path: P
     assert ranks.run(2, load_stages, str(tmp_path)) == [(("lost",), ())] * 2
 
 
-@pytest.mark.parametrize(("state", "exclude"), [({}, ()), ({"w": torch.zeros(3)}, "*")])
+@pytest.mark.parametrize(("state", "exclude"), [({}, ()), ({"w": torch.zeros(3)}, "*"), ({"layers": {}}, ())])
 def test_a_load_of_nothing_is_logged(state: dict[str, Any], exclude: Any, caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
     reshard.save({"w": torch.ones(3)}, store)

@@ -24,7 +24,7 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
-from reshard.errors import CheckpointNotFoundError
+from reshard.errors import CheckpointError, CheckpointNotFoundError
 from reshard.humanize import format_age, format_bytes
 from reshard.storage.stores.open import open_store
 from tests.conftest import Place
@@ -252,6 +252,20 @@ def test_diff_shows_the_largest_differences_first(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_mistakes_are_answered_with_the_way_out(tmp_path: Path) -> None:
+    place = saved(native, tmp_path)
+    runner = CliRunner()
+    for arguments, expected in (
+        (["ls", tmp_path / "nowhere"], "there is no folder"),
+        (["plan", place, "--tp", 2], "--tp 2 needs rules, such as --tp-plan"),
+        (["convert", place, tmp_path / "c", "--dtype", "bf16"], "pass 'bfloat16'"),
+    ):
+        result = runner.invoke(app, list(map(str, arguments)))
+        assert result.exit_code != 0
+        told = str(result.exception) if isinstance(result.exception, CheckpointError) else result.output
+        assert expected in " ".join(told.replace("│", " ").split())
+
+
 def test_gc_removes_data_of_unfinished_saves_when_it_is_old(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     other = tmp_path / "killed-2"
@@ -266,7 +280,9 @@ def test_gc_removes_data_of_unfinished_saves_when_it_is_old(tmp_path: Path) -> N
     }
     for path in others:
         path.write_bytes(b"somebody's")
-    assert "no data" in call("gc", tmp_path)
+    told = call("gc", tmp_path)
+    assert told.startswith("no data that is older than 24 hours\n")
+    assert told.count("1 objects, 17 B are younger: a save may be running") == 2
     old = time.time() - 48 * 3600
     for folder in (place, other):
         for path in (folder / "data").iterdir():
