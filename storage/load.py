@@ -277,9 +277,7 @@ class _Load:
         def compare() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
             """Return what this rank opened, and the manifest blocks that it needs or, if it needs none, its offer."""
             self._finish_opening(begun)
-            if (
-                self._matched is None
-            ):  # otherwise another rank has a Stateful value, and this one has compared its state dict
+            if self._matched is None:  # a rank without Stateful values may have compared its state dict already
                 self._match_names()
             blocks = manifest_blocks_to_read(self._opening.source, self._read.needs)
             return self._opening.opened, blocks, None if blocks else self._compare()

@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..tensors.name_patterns import matches_any
 from ..tensors.state_dict import Key, Leaf, Path, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
+from ..tensors.wrapper_tensors import CLASS
 from .load_options import LoadOptions
 from .name_matching import NameMatch
 
@@ -128,6 +129,12 @@ class MissingNames:
         if resize := self.describe_resize(missing, "list"):
             return f"{resize}: {_SAME_ITEMS}"
         names = list(self._match.stored_names)
+        parts = [name for name in names if name.startswith(f"{missing}.")]
+        if f"{missing}.{CLASS}" in parts:
+            return (
+                f"it has {parts[0]!r}, ..., of which {missing!r} consisted: load into a tensor of the class that was "
+                "saved, or read these by their names"
+            )
         outer_names = {name.removesuffix(f".{missing}") for name in names if name.endswith(f".{missing}")}
         if len(outer_names) == 1:
             (outer,) = outer_names

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ...planner.entries import Entry
-from ...planner.errors import MissingTensorError
+from ...planner.text import quoted
 from ..errors import DestinationError, DtypeError
 from ..formats.source import Source
+from ..runtime.logs import logger_of
 from ..runtime.reports import RankReport, added
 from ..tensors.dtypes import torch_dtype
 from ..tensors.name_patterns import (
@@ -27,6 +28,8 @@ from ..tensors.wrapper_tensors import CLASS, check_class, has_parts, parts_of
 from .load_options import LoadOptions
 from .read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .value_buffers import ValueBuffer, check_values
+
+logger = logger_of(__name__)
 
 
 class NameMatch:
@@ -96,30 +99,37 @@ class NameMatch:
         Raises:
             DestinationError, DtypeError: the checkpoint has a tensor of another class or form.
         """
-        divided = {name: leaf for name, leaf in leaves.items() if self._is_divided(leaf)}
-        self._known |= {other for name in divided for other in self._names_below(name)}
-        wanted = {name: leaf for name, leaf in divided.items() if not matches_any(self._options.exclude, name)}
-        for described, buffer in self._read_values(f"{name}.{CLASS}" for name in wanted).items():
-            name = described.removesuffix(f".{CLASS}")
-            check_class(name, wanted[name].value, buffer.value())
+        parts = {name: parts_of(leaf) for name, leaf in leaves.items() if self._may_be_divided(leaf)}
+        described = [name for name in parts if f"{name}.{CLASS}" in self.stored_names]
+        unknown = [name for name in parts if name not in described and self._has_all(parts[name])]
+        for name in (*described, *unknown):
+            self._known |= {f"{name}.{CLASS}", *parts[name]}
+        excluded = {name for name in parts if matches_any(self._options.exclude, name)}
+        wanted = [name for name in described if name not in excluded]
+        for name, buffer in zip(wanted, self._read_values(f"{name}.{CLASS}" for name in wanted).values(), strict=True):
+            check_class(name, leaves[name].value, buffer.value())
+        wanted += [name for name in unknown if name not in excluded]
+        if unknown:
+            logger.warning("the checkpoint does not tell the classes of %s: they are not compared", quoted(unknown))
         found: dict[str, Leaf] = {}
         for name, leaf in leaves.items():
-            parts = parts_of(leaf) if name in wanted else {name: leaf}
-            if name in wanted:
-                for part in parts.values():
-                    self._check_part(part, leaf)
-            found |= parts
+            found |= parts[name] if name in wanted else {name: leaf}
+        for name in wanted:
+            for part in parts[name].values():
+                self._check_part(part, leaves[name])
         return found
 
-    def _is_divided(self, leaf: Leaf) -> bool:
-        """Return whether a leaf is a tensor that consists of others, which the checkpoint has instead of it."""
-        name = leaf.name
-        return name not in self.stored_names and f"{name}.{CLASS}" in self.stored_names and has_parts(leaf.value)
+    def _may_be_divided(self, leaf: Leaf) -> bool:
+        """Return whether a leaf is a tensor that consists of others, and the checkpoint has no tensor of its name."""
+        return leaf.name not in self.stored_names and has_parts(leaf.value)
+
+    def _has_all(self, parts: Mapping[str, Leaf]) -> bool:
+        return bool(parts) and parts.keys() <= self.stored_names.keys()
 
     def _check_part(self, part: Leaf, leaf: Leaf) -> None:
         """Check that a tensor inside another one is stored with its dtype: it cannot be cast by itself."""
-        if part.name not in self.stored_names:
-            raise MissingTensorError(f"the checkpoint has no {part.name!r}, which {leaf.name!r} consists of")
+        if part.name not in self.stored_names or matches_any(self._options.exclude, part.name):
+            return
         entry = self.entry(part.name)
         check_is_tensor(self.source, entry.name)
         stored, own = torch_dtype(entry.dtype), part.value.dtype

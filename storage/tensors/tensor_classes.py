@@ -14,8 +14,6 @@ from ..runtime.torch_modes import writing_to
 from .dtypes import as_array, as_bytes
 
 _TORCH_CLASSES = (torch.Tensor, torch.nn.Parameter)
-_COMPARED_BYTES = 16 * 1024 * 1024
-"""How many bytes of two tensors are compared at once."""
 
 
 def overrides_dispatch(tensor: torch.Tensor) -> bool:
@@ -109,37 +107,31 @@ def as_storable(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def only_values(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the plain tensor inside a tensor that has all its values; None if there is none.
+    """Return the plain tensor that a tensor consists of, if it is the only one and has the same values; None otherwise.
 
-    For example, the weights that torchao casts to float8 when FSDP gathers them contain plain tensors.
+    For example, the weights that torchao casts to float8 when FSDP gathers them contain plain tensors. The answer
+    depends on the class and its settings, not on the values.
     """
     if not hasattr(tensor, "__tensor_flatten__"):
         return None
-    alike = [part for part in _inner(tensor) if (part.shape, part.dtype) == (tensor.shape, tensor.dtype)]
-    if len(alike) != 1:
+    inner = _inner(tensor)
+    if len(inner) != 1 or (inner[0].shape, inner[0].dtype) != (tensor.shape, tensor.dtype):
         return None
-    values = only_values(alike[0]) if overrides_dispatch(alike[0]) else as_plain(alike[0])
-    return values if values is not None and not missing_memory(values) and _presents(tensor, values) else None
+    values = only_values(inner[0]) if overrides_dispatch(inner[0]) else as_plain(inner[0])
+    return values if values is not None and not missing_memory(values) and _presents_its_values(tensor) else None
 
 
-def _presents(tensor: torch.Tensor, values: torch.Tensor) -> bool:
-    """Return whether the values that the class of a tensor presents are those of a plain tensor."""
-    n = len(values) if values.dim() else 1
-    rows = max(1, _COMPARED_BYTES * n // max(values.nbytes, 1))
+def _presents_its_values(tensor: Any) -> bool:
+    """Return whether a class with one tensor inside presents the values of this tensor, as a small example shows."""
+    (attribute,), context = tensor.__tensor_flatten__()
     try:
+        values = torch.arange(1, 1 + 2 ** tensor.dim()).reshape((2,) * tensor.dim()).to(tensor.dtype)
         with torch.no_grad():
-            for at in range(0, n, rows):
-                some, presented = (of[at : at + rows] if of.dim() else of for of in (values, tensor))
-                found = torch.empty_like(some, memory_format=torch.contiguous_format).copy_(presented)
-                if type(found) is not torch.Tensor or not _bytes_of(found).equal(_bytes_of(some)):
-                    return False
-    except Exception:  # the class may not support slices
+            example = type(tensor).__tensor_unflatten__({attribute: values}, context, values.shape, values.stride())
+            found = torch.empty_like(values).copy_(example)
+        return type(found) is torch.Tensor and bool(np.array_equal(as_array(found), as_array(values)))
+    except Exception:  # the class may accept other shapes only
         return False
-    return True
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> None:

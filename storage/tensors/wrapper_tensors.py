@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CorruptCheckpointError, DestinationError
 from ..runtime.brief import reason
-from .plain_json import NotPlainError, to_plain
+from .plain_json import NotPlainError, from_plain, to_plain
 from .state_dict import Leaf
 from .tensor_classes import is_whole, missing_memory, only_values, overrides_dispatch
 
@@ -32,27 +32,40 @@ def has_parts(value: object) -> bool:
 
 def parts_of(leaf: Leaf) -> dict[str, Leaf]:
     """Return the tensors inside a tensor by name. Parts that consist of other tensors are divided, too."""
-    tensor: Any = leaf.value
-    attributes, _ = tensor.__tensor_flatten__()
     parts: dict[str, Leaf] = {}
-    for attribute in attributes:
-        part = Leaf((*leaf.path, attribute), leaf.container, leaf.key, getattr(tensor, attribute))
-        parts |= parts_of(part) if has_parts(part.value) else {part.name: part}
+    for attribute, tensor in _tensors_inside(leaf.value).items():
+        part = Leaf((*leaf.path, attribute), leaf.container, leaf.key, tensor)
+        parts |= parts_of(part) if has_parts(tensor) else {part.name: part}
     return parts
 
 
+def _tensors_inside(tensor: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors inside a tensor by their attributes."""
+    inside = {attribute: getattr(tensor, attribute) for attribute in tensor.__tensor_flatten__()[0]}
+    return {attribute: part for attribute, part in inside.items() if isinstance(part, torch.Tensor)}
+
+
 def _describe(tensor: Any) -> dict[str, Any]:
-    """Return a tensor's class, its attributes that are tensors, and its settings that are plain data, by `to_plain`."""
-    attributes, context = tensor.__tensor_flatten__()
-    if not isinstance(context, Mapping):
-        context = dict(enumerate(context if isinstance(context, (list, tuple)) else [context]))
-    settings: dict[str, Any] = {}
-    for name, value in context.items():
-        try:
-            settings[str(name)] = to_plain(list(value) if isinstance(value, tuple) else value)
-        except (NotPlainError, RecursionError):
-            continue
-    return {"class": type(tensor).__qualname__, "tensors": sorted(attributes), "settings": settings}
+    """Return a tensor's class, the tensors inside, and its settings that are plain data, encoded by `to_plain`."""
+    inside = _tensors_inside(tensor)
+    tensors = {attribute: _describe(part) if has_parts(part) else None for attribute, part in inside.items()}
+    context = tensor.__tensor_flatten__()[1]
+    settings = (
+        {str(name): _plain(value) for name, value in context.items()}
+        if isinstance(context, Mapping)
+        else [_plain(value) for value in (context if isinstance(context, (list, tuple)) else [context])]
+    )
+    return {"class": type(tensor).__qualname__, "tensors": tensors, "settings": settings}
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON, or None if it is not compared: it is no plain data, or the device of a rank."""
+    if isinstance(value, torch.device):
+        return None
+    try:
+        return json.loads(json.dumps(to_plain(list(value) if isinstance(value, tuple) else value)))
+    except (NotPlainError, RecursionError):
+        return None
 
 
 def check_class(name: str, tensor: torch.Tensor, stored: Any) -> None:
@@ -67,28 +80,45 @@ def check_class(name: str, tensor: torch.Tensor, stored: Any) -> None:
         CorruptCheckpointError: the checkpoint has no description.
         DestinationError: they differ.
     """
-    own = _describe(tensor)
     try:
-        described = json.loads(stored)
-        kind, tensors, settings = described["class"], described["tensors"], dict(described["settings"])
-    except (ValueError, LookupError, TypeError) as error:
+        _check_same(name, _describe(tensor), json.loads(stored))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"the class of {name!r} is not described: {reason(error)}") from error
+
+
+def _check_same(name: str, own: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Check that two descriptions of a tensor are the same. Raise DestinationError, or what malformed data raises."""
+    kind, advice = stored["class"], "create it as it was when it was saved"
     if kind != own["class"]:
         raise DestinationError(
-            f"{name!r} is of the class {own['class']} in the state dict and of {kind} in the checkpoint: create it as "
-            "it was when it was saved"
+            f"{name!r} is of the class {own['class']} in the state dict and of {kind} in the checkpoint: {advice}"
         )
-    if tensors != own["tensors"]:
+    if stored["tensors"].keys() != own["tensors"].keys():
+        ours, theirs = (", ".join(sorted(one["tensors"])) for one in (own, stored))
         raise DestinationError(
-            f"{name!r}, of the class {kind}, consists of {own['tensors']} in the state dict and of {tensors} in the "
-            "checkpoint: create it as it was when it was saved"
+            f"{name!r}, of the class {kind}, consists of {ours} in the state dict and of {theirs} in the checkpoint: "
+            f"{advice}"
         )
-    for setting, value in own["settings"].items():
-        if setting in settings and settings[setting] != value:
+    for setting, ours, theirs in _common_settings(own["settings"], stored["settings"]):
+        if ours is not None and theirs is not None and ours != theirs:
             raise DestinationError(
-                f"{name!r}, of the class {kind}, has {setting}={value!r} in the state dict and {settings[setting]!r} "
-                "in the checkpoint: create it as it was when it was saved"
+                f"{name!r}, of the class {kind}, has {setting}={from_plain(ours)!r} in the state dict and "
+                f"{from_plain(theirs)!r} in the checkpoint: {advice}"
             )
+    for attribute, part in own["tensors"].items():
+        other = stored["tensors"][attribute]
+        if part is not None and other is not None:
+            _check_same(f"{name}.{attribute}", part, other)
+
+
+def _common_settings(own: Any, stored: Any) -> list[tuple[str, Any, Any]]:
+    """Return the settings that both have: by name, or by position if there are equally many."""
+    if isinstance(own, dict):
+        return [(name, own[name], stored[name]) for name in own if name in stored]
+    if not isinstance(stored, list):
+        raise TypeError("the settings are no list")
+    same = len(own) == len(stored)
+    return [(f"setting {at}", a, b) for at, (a, b) in enumerate(zip(own, stored, strict=True))] if same else []
 
 
 def with_parts(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
@@ -98,6 +128,7 @@ def with_parts(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
         DestinationError: a part has the name of another value.
     """
     found: dict[str, Leaf] = {}
+    descriptions: dict[str, Leaf] = {}
     for name, leaf in leaves.items():
         if not has_parts(leaf.value):
             found[name] = leaf
@@ -105,8 +136,9 @@ def with_parts(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
             found[name] = Leaf(leaf.path, leaf.container, leaf.key, values)
         else:
             described = Leaf((*leaf.path, CLASS), leaf.container, leaf.key, json.dumps(_describe(leaf.value)))
+            descriptions[described.name] = described
             for part in (*parts_of(leaf).values(), described):
                 if part.name in found or part.name in leaves:
                     raise DestinationError(f"two values of the state dict have the name {part.name!r}")
-                found[part.name] = part
-    return found
+            found |= parts_of(leaf)
+    return found | descriptions  # one after another, so that few requests read them

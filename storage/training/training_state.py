@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import inspect
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -274,8 +276,8 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps the method of the class in one that calls the hooks
         step = step.__wrapped__
-    # Weight decay would be added to the momentum of SGD.
-    settings = _with_settings(optimizer, lr=0.0, weight_decay=0.0)
+    # Weight decay would be added to the momentum of SGD, and an eps of 0 would lead to NaN.
+    settings = _with_settings(optimizer, lr=0.0, weight_decay=0.0, eps=1.0)
     kept = contextlib.nullcontext() if step.__module__.startswith("torch.optim.") else _unchanged(optimizer, parameters)
     with _without_gradients([optimizer]), _without_hooks(optimizer), settings, kept:
         for parameter in parameters:
@@ -301,21 +303,28 @@ def _unchanged(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iter
     Args:
         parameters: those that the step updates.
     """
-    devices = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
+    kind = torch.accelerator.current_accelerator()
     with contextlib.ExitStack() as stack:
-        for kind in {device.type for device in devices} or {"cpu"}:
-            indexes = [device.index for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(indexes, device_type=kind if indexes else "cuda"))
+        devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type != "cpu"})
+        stack.enter_context(torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(_restored(parameters, {}))
+        known = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
         for one in _with_inner(optimizer):
-            stack.enter_context(_same_attributes(one))
-        values = [parameter.detach().clone() for parameter in parameters]
-        try:
-            yield
-        finally:
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.detach().copy_(value)
+            kept = dict(vars(one))
+            stack.callback(_set_attributes, one, kept)
+            names: list[str] = copyreg._slotnames(type(one))  # type: ignore[attr-defined]
+            slots = {name: getattr(one, name) for name in names if hasattr(one, name)}
+            for name, value in slots.items():
+                stack.callback(setattr, one, name, value)
+            others = [value for name, value in kept.items() if name not in ("state", "param_groups")]
+            stack.callback(_restored([*slots.values(), *others], known))
+            if one is not optimizer:
+                stack.enter_context(_with_settings(one, lr=0.0, weight_decay=0.0, eps=1.0))
+                if one.state is not optimizer.state:
+                    stack.callback(_restored_states(one, parameters))
+        yield
 
 
 def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
@@ -326,26 +335,73 @@ def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
-@contextlib.contextmanager
-def _same_attributes(optimizer: Optimizer) -> Iterator[None]:
-    """Restore the attributes of an optimizer after the block, except its states. They stay the same objects."""
-    attributes = dict(vars(optimizer))
-    others = [value for name, value in attributes.items() if name not in ("state", "param_groups")]
-    tensors = [(value, value.detach().clone()) for value in others if isinstance(value, torch.Tensor)]
-    containers = [(value, copy.copy(value)) for value in others if isinstance(value, (list, dict, set))]
-    try:
-        yield
-    finally:
-        vars(optimizer).clear()
-        vars(optimizer).update(attributes)
-        for tensor, values in tensors:
-            tensor.detach().copy_(values)
-        for container, items in containers:
-            if isinstance(container, list):
-                container[:] = items
+def _set_attributes(optimizer: Optimizer, attributes: dict[str, Any]) -> None:
+    vars(optimizer).clear()
+    vars(optimizer).update(attributes)
+
+
+def _restored_states(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Return a function that restores the states of parameters as they are now."""
+    states = [dict(optimizer.state[parameter]) if parameter in optimizer.state else None for parameter in parameters]
+    restore = _restored([state for state in states if state is not None], {})
+
+    def restore_states() -> None:
+        for parameter, state in zip(parameters, states, strict=True):
+            if state is None:
+                optimizer.state.pop(parameter, None)
             else:
-                container.clear()
-                container.update(items)
+                optimizer.state[parameter] = state
+        restore()
+
+    return restore_states
+
+
+def _restored(values: Sequence[Any], known: dict[int, Any]) -> Callable[[], None]:
+    """Return a function that restores tensors, arrays and containers in place, as they are now, also nested ones.
+
+    Tensors are copied to the host, because a device may have no memory left.
+
+    Args:
+        known: values by their `id` that are not restored.
+    """
+    undo: list[Callable[[], object]] = []
+    known = dict(known)
+
+    def keep(value: Any) -> None:
+        if id(value) in known:
+            return
+        known[id(value)] = value
+        inside: Iterable[Any] = ()
+        if isinstance(value, torch.Tensor):
+            local = getattr(value, "_local_tensor", value).detach()
+            undo.append(partial(local.copy_, local.to("cpu", copy=True)))
+        elif isinstance(value, np.ndarray):
+            undo.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, (list, deque, dict, set)):
+            undo.append(partial(_refill, value, copy.copy(value)))
+            inside = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            inside = value
+        for item in inside:
+            keep(item)
+
+    for value in values:
+        keep(value)
+
+    def restore() -> None:
+        with torch.no_grad():
+            for function in undo:
+                function()
+
+    return restore
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    if isinstance(container, (list, deque)):
+        container.extend(items)
+    else:
+        container.update(items)
 
 
 @contextlib.contextmanager
@@ -381,8 +437,10 @@ def _with_settings(optimizer: Optimizer, **settings: float) -> Iterator[None]:
     for group in optimizer.param_groups:
         for name in settings.keys() & group.keys():
             value = group[name]
-            is_tensor = isinstance(value, torch.Tensor)
-            group[name] = torch.full_like(value, settings[name]) if is_tensor else settings[name]
+            if isinstance(value, torch.Tensor):
+                group[name] = torch.full_like(value, settings[name])
+            elif isinstance(value, (float, int)):  # eps may also be a tuple
+                group[name] = settings[name]
     try:
         yield
     finally:

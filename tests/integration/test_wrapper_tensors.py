@@ -110,7 +110,8 @@ def test_tensors_inside_are_stored_under_their_attributes() -> None:
     checkpoint = reshard.open(store)
     assert set(checkpoint.tensors) == {"x.w.a", "x.w.b.a", "x.w.b.b", "v"}
     assert checkpoint.read_value("x.w.__class__") == (
-        '{"class": "TwoTensor", "tensors": ["a", "b"], "settings": {"0": null}}'
+        '{"class": "TwoTensor", "tensors": {"a": null, "b": {"class": "TwoTensor", "tensors": {"a": null, "b": null}, '
+        '"settings": [null]}}, "settings": [null]}'
     )
     found = TwoTensor(torch.zeros(2), TwoTensor(torch.ones(2), torch.ones(2)))
     state = {"x": {"w": found}, "v": torch.zeros(3)}
@@ -118,6 +119,7 @@ def test_tensors_inside_are_stored_under_their_attributes() -> None:
     assert state["x"]["w"] is found  # type: ignore[index]
     assert [found.a.tolist(), found.b.a.tolist(), found.b.b.tolist()] == [[1, 1], [0, 0], [2, 2]]
 
+    assert reshard.load(state, store).unexpected_keys == ()
     excluded = TwoTensor(torch.zeros(2), TwoTensor(torch.ones(2), torch.ones(2)))
     report = reshard.load({"x": {"w": excluded}, "v": torch.zeros(3)}, store, exclude="x.w")
     assert excluded.a.eq(0).all()
@@ -142,10 +144,10 @@ class Renamed(Flattened):
 class Configured(Flattened):
     """One with settings."""
 
-    block: tuple[int, ...] = (1, 4)
+    settings: Any = None
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["q", "s"], {"block": self.block, "kernel": object()}
+        return ["q", "s"], self.settings
 
 
 class Shifted(Flattened):
@@ -170,7 +172,7 @@ def wide(tensor: Scaled) -> Scaled:
 
 def with_block(*block: int) -> Configured:
     tensor = Configured.of(4, 4)
-    tensor.block = block
+    tensor.settings = {"block": block}
     return tensor
 
 
@@ -185,8 +187,8 @@ def with_block(*block: int) -> Configured:
         ),
         (Flattened.of(4, 4), Flattened.of(4, 5), errors.ShapeMismatchError, r"'w\.q' has shape \(4, 4\)"),
         (Flattened.of(4, 4), wide(Flattened.of(4, 4)), errors.DtypeError, r"'w\.q' is stored as torch\.int8"),
-        (Shifted.of(4, 4), Shifted.of(4, 4, 1), errors.DestinationError, r"consists of \['o', 'q', 's'\] in the state"),
-        (Shifted.of(4, 4, 1), Shifted.of(4, 4), errors.DestinationError, r"and of \['o', 'q', 's'\] in the checkpoint"),
+        (Shifted.of(4, 4), Shifted.of(4, 4, 1), errors.DestinationError, "consists of o, q, s in the state dict"),
+        (Shifted.of(4, 4, 1), Shifted.of(4, 4), errors.DestinationError, "and of o, q, s in the checkpoint"),
         (with_block(1, 4), with_block(2, 2), errors.DestinationError, r"block=\[2, 2\] in the state dict and \[1, 4\]"),
         (Flattened.of(4, 4), torch.zeros(4, 4), errors.MissingTensorError, "the checkpoint has no 'w'"),
     ],
@@ -203,13 +205,131 @@ def test_tensors_of_another_form_are_refused(
         assert found.q.eq(0).all()
 
 
-def test_settings_that_are_not_plain_are_not_compared() -> None:
+@pytest.mark.parametrize(
+    ("saved", "found"),
+    [
+        ({"block": [1, 4], "kernel": object()}, {"block": [1, 4], "kernel": object()}),
+        ({"block": [1, 4], "device": torch.device("cuda:0")}, {"block": [1, 4], "device": torch.device("cpu")}),
+        ({"block": [1, 4]}, {"block": [1, 4], "of a newer version": 3}),
+        (["bf16", 4], ["of a newer version", "bf16", 4]),
+        ([True, torch.float32], [True, torch.float32]),
+    ],
+)
+def test_settings_of_other_versions_and_ranks_are_not_compared(saved: Any, found: Any) -> None:
     store = MemoryStore()
-    saved, found = with_block(1, 4), with_block(1, 4)
-    saved.q.fill_(3)
-    reshard.save({"w": saved}, store)
-    reshard.load({"w": found}, store)
-    assert found.q.eq(3).all()
+    one, two = Configured.of(4, 4), Configured.of(4, 4)
+    one.settings, two.settings = saved, found
+    one.q.fill_(3)
+    reshard.save({"w": one}, store)
+    reshard.load({"w": two}, store)
+    assert two.q.eq(3).all()
+
+
+class OfOne(torch.Tensor):
+    """One that presents a tensor inside, times a factor."""
+
+    inside: torch.Tensor
+    factor: float
+
+    @staticmethod
+    def __new__(cls, inside: torch.Tensor, factor: float = 1.0) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)
+
+    def __init__(self, inside: torch.Tensor, factor: float = 1.0) -> None:
+        self.inside, self.factor = inside, factor
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["inside"], [self.factor]
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, *_: Any) -> OfOne:
+        return OfOne(inner["inside"], *context)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inside, args[0].factor)
+        if function is torch.ops.aten.copy_.default and isinstance(args[0], cls):
+            args[0].inside.copy_(args[1] / args[0].factor)
+            return args[0]
+
+        def plain(value: Any) -> Any:
+            return value.inside * value.factor if isinstance(value, cls) else value
+
+        return function(*map(plain, args), **(kwargs or {}))
+
+
+class WithCount(OfOne):
+    """One that also counts."""
+
+    def __init__(self, inside: torch.Tensor, factor: float = 1.0) -> None:
+        super().__init__(inside, factor)
+        self.count = torch.tensor(7)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["inside", "count"], [self.factor]
+
+
+@pytest.mark.parametrize("values", [torch.zeros(3), torch.arange(3.0), torch.tensor(2.0), torch.zeros(0, 4)])
+def test_the_form_of_a_stored_tensor_depends_on_its_class_alone(values: torch.Tensor) -> None:
+    for tensor, names in (
+        (OfOne(values), {"w"}),
+        (OfOne(values, 2.0), {"w.inside"}),
+        (WithCount(values), {"w.inside", "w.count"}),
+    ):
+        store = MemoryStore()
+        reshard.save({"w": tensor}, store)
+        assert set(reshard.open(store).tensors) == names
+        found: Any = type(tensor)(torch.full_like(values, 9.0), tensor.factor)
+        if isinstance(found, WithCount):
+            found.count.zero_()
+        reshard.load({"w": found}, store)
+        assert found.inside.equal(values)
+        assert getattr(found, "count", 7) == 7
+
+
+def test_parts_may_be_missing_or_excluded_as_other_names() -> None:
+    store = MemoryStore()
+    description = '{"class": "TwoTensor", "tensors": {"a": null, "b": null}, "settings": []}'
+    reshard.save({"w": {"a": torch.ones(2), "__class__": description}}, store)
+
+    def load(**options: Any) -> tuple[TwoTensor, reshard.Report]:
+        pair = TwoTensor(torch.zeros(2), torch.zeros(2))
+        return pair, reshard.load({"w": pair}, store, **options)
+
+    with pytest.raises(errors.MissingTensorError, match=r"the checkpoint has no 'w\.b'"):
+        load()
+    for options in ({"strict": False}, {"allow_missing": "w.b"}):
+        pair, report = load(**options)
+        assert pair.a.eq(1).all()
+        assert pair.b.eq(0).all()
+        assert report.missing_keys == ("w.b",)
+    assert load(exclude="w.b")[1].missing_keys == ()
+    reshard.save({"w": {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int8)}}, store, overwrite=True)
+    assert load(exclude="w.b")[0].a.eq(1).all()
+
+
+def test_parts_without_a_description_are_loaded_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reshard.save({"w": TwoTensor(torch.ones(2), torch.ones(2))}, tmp_path / "native")
+    reshard.convert(tmp_path / "native", tmp_path / "hf", format="safetensors")
+    pair = TwoTensor(torch.zeros(2), torch.zeros(2))
+    reshard.load({"w": pair}, tmp_path / "hf")
+    assert pair.b.eq(1).all()
+    assert "does not tell the classes of 'w'" in caplog.text
+    with pytest.raises(errors.MissingTensorError, match=r"of which 'w' consisted: load into a tensor of the class"):
+        reshard.load({"w": torch.zeros(2)}, tmp_path / "native")
+
+
+def test_the_classes_of_many_tensors_are_read_with_few_requests() -> None:
+    store = MemoryStore()
+    state = {f"{i}": TwoTensor(torch.ones(100, 100), torch.ones(100, 100)) for i in range(50)}
+    reshard.save(state, store, codec="none")
+    report = reshard.load(state, store)
+    assert report.total.requests < 10
 
 
 def test_a_description_that_is_damaged_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -831,12 +832,16 @@ def test_save_calls_no_hook_of_the_optimizer_and_changes_no_setting(tmp_path: Pa
 class OfItsOwn(torch.optim.Optimizer):
     """One that counts its steps in many ways, decays weights whatever the learning rate is, and draws numbers."""
 
+    __slots__ = ("slot",)
+
     def __init__(self, parameters: Any, lr: float = 0.1, wd: float = 0.1) -> None:
         super().__init__(parameters, {"lr": lr, "wd": wd})
         self.steps = 0
         self.steps_as_tensor = torch.zeros(())
         self.lengths: list[int] = []
         self.by_step: dict[int, float] = {}
+        self.nested = {"array": np.zeros(2), "inside": ([torch.zeros(2)], deque([0]))}
+        self.slot = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -845,6 +850,10 @@ class OfItsOwn(torch.optim.Optimizer):
         self.lengths.append(self.steps)
         self.by_step[self.steps] = random.random() + np.random.random()
         self.is_begun = True
+        self.nested["array"] += 1  # type: ignore[operator]
+        self.nested["inside"][0][0].add_(1)  # type: ignore[index]
+        self.nested["inside"][1].append(self.steps)  # type: ignore[index]
+        self.slot += 1
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -867,7 +876,47 @@ class Around(torch.optim.Optimizer):
         self.inner.step()
 
 
-@pytest.mark.parametrize("kind", [OfItsOwn, Around])
+class LookAhead(torch.optim.Optimizer):
+    """One around another optimizer, with states of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = OfItsOwn(parameters)
+        super().__init__(self.inner.param_groups[0]["params"], {"slow": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.inner.step()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                slow = self.state[parameter].setdefault("mean", parameter.clone())
+                parameter.copy_(slow.lerp_(parameter, self.param_groups[0]["slow"]))
+
+
+def test_a_save_does_not_change_the_states_of_an_inner_optimizer(tmp_path: Path) -> None:
+    model = net()
+    optimizer = LookAhead(model.parameters())
+    model(X).sum().backward()
+    optimizer.inner.step()
+    states = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.inner.state.items()}
+    settings = dict(optimizer.inner.param_groups[0])
+    reshard.save(reshard.training_state(model, optimizer), tmp_path / "1")
+    assert optimizer.inner.state.keys() == states.keys()
+    for parameter, state in states.items():
+        check_equal(list(optimizer.inner.state[parameter].values()), list(state.values()))
+    assert optimizer.inner.param_groups[0] == settings
+    fresh = LookAhead(model.parameters())
+    reshard.save(reshard.training_state(model, fresh), tmp_path / "2")
+    assert not fresh.inner.state
+
+
+def test_a_save_of_an_optimizer_without_eps_changes_no_parameter(tmp_path: Path) -> None:
+    model = net()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    reshard.save(reshard.training_state(model, torch.optim.Adam(model.parameters(), eps=0.0)), tmp_path)
+    check_equal(list(model.parameters()), before)
+
+
+@pytest.mark.parametrize("kind", [OfItsOwn, Around, LookAhead])
 def test_a_save_changes_no_parameter_attribute_or_random_number(kind: Any, tmp_path: Path) -> None:
     def train(folder: Path | None) -> tuple[list[torch.Tensor], list[Any]]:
         torch.manual_seed(0)
@@ -883,7 +932,8 @@ def test_a_save_changes_no_parameter_attribute_or_random_number(kind: Any, tmp_p
             optimizer.zero_grad()
         inner = getattr(optimizer, "inner", optimizer)
         numbers = [random.random(), np.random.random(), torch.rand(()).item()]
-        attributes = [inner.steps, inner.steps_as_tensor.item(), inner.lengths, inner.by_step, *numbers]
+        attributes = [inner.steps, inner.steps_as_tensor.item(), inner.lengths, inner.by_step, inner.slot, *numbers]
+        attributes.append(str(inner.nested))
         return [parameter.detach().clone() for parameter in model.parameters()], attributes
 
     without, with_saves = train(None), train(tmp_path)

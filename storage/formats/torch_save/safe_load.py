@@ -21,6 +21,7 @@ from ...errors import CorruptCheckpointError
 from ...runtime.brief import reason
 from ...tensors.casts import loses_bits
 from ...tensors.dtypes import as_array, as_bytes, torch_dtype
+from ...tensors.tensor_classes import only_values, overrides_dispatch
 from ..native.codec import Bytes
 from .pickle_scan import check_pickle
 from .zip_layout import MAX_PREAMBLE_BYTES, locate_values
@@ -66,6 +67,13 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
         raise CorruptCheckpointError(f"expected {expected}, which cannot be read: {reason(error)}") from error
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"expected {expected}, got {type(tensor).__name__}")
+    if overrides_dispatch(tensor):
+        values = only_values(tensor)
+        if values is None:
+            raise CorruptCheckpointError(
+                f"expected {expected}, got a {type(tensor).__name__}, which keeps the values in its own form"
+            )
+        tensor = values
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
     if not dense or tuple(tensor.shape) != shape:
         where = "" if dense else f", {tensor.layout} on {tensor.device.type}"
