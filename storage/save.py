@@ -312,9 +312,9 @@ def save(
     its objects and the manifest is written. A save that fails before the commit leaves an existing checkpoint
     unchanged. After a CommitError, either the old or the new checkpoint exists.
 
-    If a tensor consists of other tensors, such as a quantised weight of torchao, these are stored as NAME.ATTRIBUTE, and
-    a description of its class as NAME.__class__. If it consists of a single tensor with the same values, this one is
-    stored as NAME. A sharded tensor that consists of several tensors is refused.
+    If a tensor consists of other tensors, such as a quantised weight of torchao, these are stored as NAME.ATTRIBUTE,
+    and a description of its class as NAME.__class__. If it consists of a single tensor with the same values, this one
+    is stored as NAME. A sharded tensor that consists of several tensors is refused.
 
     Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. Tensors in tuples and
     other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a replicated

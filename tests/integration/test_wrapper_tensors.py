@@ -361,7 +361,8 @@ def train_in_float8(folder: str) -> list[torch.Tensor]:
     assert "Float8" in type(weight._local_tensor).__name__
     reshard.save(model.state_dict(), f"{folder}/c")
     dcp.save(model.state_dict(), storage_writer=reshard.StorageWriter(f"{folder}/dcp"))
-    for uri in (f"{folder}/c", f"{folder}/dcp"):
+    dcp.save(model.state_dict(), checkpoint_id=f"{folder}/of torch")
+    for uri in (f"{folder}/c", f"{folder}/dcp", f"{folder}/of torch"):
         plain = model_of(0.5)
         reshard.load(plain.state_dict(), uri)
         assert all(plain.state_dict()[name].equal(tensor) for name, tensor in expected.items())

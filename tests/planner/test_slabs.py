@@ -98,3 +98,16 @@ def test_gap_limits_follow_from_request_costs() -> None:
     assert REMOTE_COSTS.measured(0.001, None).gap_bytes == 6250
     assert REMOTE_COSTS.measured(None, 400e6).gap_bytes == 375_000
     assert REMOTE_COSTS.gap_limits(0.5) == GapLimits(187_500, 0.5)
+
+
+def test_gaps_that_are_read_over_inside_slabs_count_toward_the_limit() -> None:
+    whole = Box.whole((200, 1000))
+    matrix = Saved("w", Grid((200, 1000), (1, 1)), [whole], plain=True)
+    rows = Saved("v", Grid((40, 1000), (1, 1)), [Box.whole((40, 1000))], plain=True)
+    index = index_of(matrix, rows)
+    wants = [WantedBox("w", Box((0, 0), (200, 900)))]  # gaps of 200 bytes in rows of 2000
+    wants += [WantedBox("v", Box((at, 0), (1, 1000))) for at in range(0, 40, 2)]  # gaps of a row
+    for fraction in (0.0, 0.05, 0.12, 0.2, 1.0):
+        report = plan_reads(index, wants, gap_limits=GapLimits(4000, fraction)).report
+        assert report.bytes_fetched - report.bytes_wanted <= fraction * report.bytes_wanted
+    assert report.bytes_fetched > 1.1 * report.bytes_wanted
