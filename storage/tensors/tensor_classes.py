@@ -74,9 +74,9 @@ def _class_without_values(tensor: torch.Tensor) -> str:
     """Return why tensors of this class have no values in dense memory. Empty if they may have."""
     if is_lazy(tensor):
         return f"is an {type(tensor).__name__}, which has no shape yet: run the module once, or give it a shape"
-    if _derives_from(tensor, "FakeTensor", "torch._subclasses"):
+    if derives_from(tensor, "FakeTensor", "torch._subclasses"):
         return "is a FakeTensor, which has no values"
-    if _derives_from(tensor, "MaskedTensor", "torch.masked"):
+    if derives_from(tensor, "MaskedTensor", "torch.masked"):
         return "is a MaskedTensor, so some values are masked: use its get_data() and get_mask()"
     return ""
 
@@ -196,7 +196,7 @@ def _inner(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
+def derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
     """Return whether a tensor is an instance of a class of torch, without importing the class."""
     return any(kind.__name__ == name and kind.__module__.startswith(package) for kind in type(tensor).__mro__)
 

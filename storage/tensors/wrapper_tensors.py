@@ -16,15 +16,20 @@ from ..errors import CorruptCheckpointError, DestinationError
 from ..runtime.brief import reason
 from .plain_json import NotPlainError, from_plain, to_plain
 from .state_dict import Leaf
-from .tensor_classes import is_whole, missing_memory, only_values, overrides_dispatch
+from .tensor_classes import derives_from, is_whole, missing_memory, only_values, overrides_dispatch
 
 CLASS = "__class__"
 """The last part of the name under which the class of such a tensor is stored."""
 
 
 def has_parts(value: object) -> bool:
-    """Return whether a value is a tensor that consists of other tensors. A sharded tensor is none."""
+    """Return whether a value is a tensor that consists of other tensors.
+
+    A sharded tensor is none, nor is the result of a collective that may not have ended.
+    """
     if not isinstance(value, torch.Tensor) or not (overrides_dispatch(value) and is_whole(value)):
+        return False
+    if derives_from(value, "AsyncCollectiveTensor", "torch.distributed"):
         return False
     is_flattened = all(hasattr(value, method) for method in ("__tensor_flatten__", "__tensor_unflatten__"))
     return is_flattened and not missing_memory(value)

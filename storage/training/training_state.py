@@ -303,15 +303,18 @@ def _unchanged(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iter
     Args:
         parameters: those that the step updates.
     """
-    kind = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
     with contextlib.ExitStack() as stack:
-        devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type != "cpu"})
-        stack.enter_context(torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type))
+        devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type == kind})
+        stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(_restored(parameters, {}))
+        optimizers = _with_inner(optimizer)
         known = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
-        for one in _with_inner(optimizer):
+        known |= {id(one.state): one.state for one in optimizers}  # an attribute may refer to them
+        for one in optimizers:
             kept = dict(vars(one))
             stack.callback(_set_attributes, one, kept)
             names: list[str] = copyreg._slotnames(type(one))  # type: ignore[attr-defined]

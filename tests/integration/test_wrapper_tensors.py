@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -346,6 +348,20 @@ def test_a_part_with_the_name_of_another_value_is_refused() -> None:
         reshard.save({"w": Flattened.of(4, 4), "w.q": torch.ones(1)}, MemoryStore())
     with pytest.raises(errors.DestinationError, match=r"two values of the state dict have the name 'w\.q'"):
         reshard.save({"w.q": torch.ones(1), "w": Flattened.of(4, 4)}, MemoryStore())
+
+
+def save_the_result_of_a_collective(folder: str) -> None:
+    world: Any = dist.group.WORLD
+    with patch.object(AsyncCollectiveTensor, "wait", autospec=True, side_effect=AsyncCollectiveTensor.wait) as wait:
+        reduced = all_reduce(torch.full((1000, 100), float(dist.get_rank() + 1)), "sum", world)
+        assert isinstance(reduced, AsyncCollectiveTensor)
+        reshard.save({"w": reduced}, folder)
+    assert wait.called
+    assert reshard.open(folder).read("w").eq(3).all()
+
+
+def test_the_result_of_a_collective_is_waited_for(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_the_result_of_a_collective, str(tmp_path))
 
 
 def train_in_float8(folder: str) -> list[torch.Tensor]:

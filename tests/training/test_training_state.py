@@ -842,6 +842,7 @@ class OfItsOwn(torch.optim.Optimizer):
         self.by_step: dict[int, float] = {}
         self.nested = {"array": np.zeros(2), "inside": ([torch.zeros(2)], deque([0]))}
         self.slot = 0
+        self.alias = self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
