@@ -168,7 +168,8 @@ class _Execution:
                     step = None if self._fetcher.workers_fetch else self._schedule.fetch()
                     if step is not None:
                         begun = time.perf_counter()
-                        self._fetcher.start(self._wanted(step.requests), partial(self._fetched, step, begun))
+                        (wanted,) = self._wanted(step.requests)
+                        self._fetcher.start(wanted, partial(self._fetched, step, begun))
                     else:
                         self._call_workers()
                         self._pause(interrupt)
@@ -313,7 +314,7 @@ class _Execution:
         found = self._fetcher.read(object_of(request, self._index), request.ranges, check.update, memory)
         self._take(request, found, check, slot, fetch_s=time.perf_counter() - begin)
 
-    def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
+    def _fetched(self, step: Fetch, begun: float, future: Future[Fetched]) -> None:
         """Pass the bytes on to the workers. The thread that read them calls this."""
         with self._lock:
             self._stats.fetch_s += time.perf_counter() - begun
@@ -325,15 +326,14 @@ class _Execution:
             self._caller.notify()
 
     def _verify(self, step: Verify) -> None:
-        for request, found in zip(step.requests, step.found, strict=True):
-            if self._error is not None:
-                return
-            begin = time.perf_counter()
-            check = RequestChecksums(request, self._index)
-            if not isinstance(found, StoreError):
-                data = memoryview(found)
-                check.update(data, len(data))
-            self._take(request, found, check, verify_s=time.perf_counter() - begin)
+        if self._error is not None:
+            return
+        begin = time.perf_counter()
+        check = RequestChecksums(step.request, self._index)
+        if not isinstance(step.found, StoreError):
+            data = memoryview(step.found)
+            check.update(data, len(data))
+        self._take(step.request, step.found, check, verify_s=time.perf_counter() - begin)
 
     def _take(
         self,

@@ -39,7 +39,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self._pool: Pool | None = None
         if can.async_reads is None and not can.is_local:
             self._pool = Pool(can.concurrent_reads, "reshard-fetch")
-        self._running: set[Future[list[Fetched]]] = set()
+        self._running: set[Future[Fetched]] = set()
         self._turns = asyncio.Semaphore(can.concurrent_reads)
 
     @property
@@ -49,11 +49,11 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     @property
     def group_bytes(self) -> int:
-        """The number of bytes that one call should read. If it is 0, each call reads one request."""
+        """The number of bytes that a worker should read before it looks for other work. If it is 0: one request."""
         return FETCH_GROUP_BYTES if self.workers_fetch else 0
 
-    def start(self, wanted: Sequence[ObjectRanges], done: Callable[[Future[list[Fetched]]], None]) -> None:
-        """Start to read byte ranges of objects. When all have arrived, `done` is called, from any thread."""
+    def start(self, wanted: ObjectRanges, done: Callable[[Future[Fetched]], None]) -> None:
+        """Start to read byte ranges of an object. When all have arrived, `done` is called, from any thread."""
         reads = self._capabilities.async_reads
         if reads is not None:
             future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
@@ -92,31 +92,27 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         except Exception as error:
             return _as_store_error(error)
 
-    def _read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
-        found = list[Fetched]()
-        for name, ranges in wanted:
-            try:
-                found.append(read_ranges(self._store, name, ranges))
-            except Exception as error:
-                found.append(_as_store_error(error))
-        return found
+    def _read(self, wanted: ObjectRanges) -> Fetched:
+        try:
+            return read_ranges(self._store, *wanted)
+        except Exception as error:
+            return _as_store_error(error)
 
-    async def _read_by(self, reads: AsyncReads, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
-        async def read(name: str, start: int, stop: int) -> Buffer:
+    async def _read_by(self, reads: AsyncReads, wanted: ObjectRanges) -> Fetched:
+        name, ranges = wanted
+
+        async def read(start: int, stop: int) -> Buffer:
             async with self._turns:
                 return await reads.read(name, start, stop)
 
-        found: list[Fetched] = []
-        for name, ranges in wanted:
-            tasks = [asyncio.ensure_future(read(name, start, stop)) for start, stop in ranges]
-            try:
-                found.append(_packed(await asyncio.gather(*tasks)))
-            except Exception as error:
-                found.append(_as_store_error(error))
-            finally:
-                for task in tasks:  # one may have failed, and the others would go on
-                    task.cancel()
-        return found
+        tasks = [asyncio.ensure_future(read(start, stop)) for start, stop in ranges]
+        try:
+            return _packed(await asyncio.gather(*tasks))
+        except Exception as error:
+            return _as_store_error(error)
+        finally:
+            for task in tasks:  # one may have failed, and the others would go on
+                task.cancel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -19,7 +19,7 @@ GROUPS_AHEAD = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fetch:
-    """Fetch the bytes of some requests with one call."""
+    """Fetch the bytes of some requests, one after another. Only a worker that reads a local file fetches several."""
 
     requests: Sequence[Request]
     nbytes: int
@@ -27,11 +27,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verify:
-    """Verify the bytes of requests that have arrived."""
+    """Verify the bytes of a request that have arrived."""
 
-    requests: Sequence[Request]
-    found: Sequence[Fetched]
-    """What the fetch returned for each request."""
+    request: Request
+    found: Fetched
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +50,7 @@ class Schedule:
         tensors, requests: the result of `tasks.build_tasks`.
         budget_bytes: the maximum number of bytes that have been requested and not been written. A single request may
             exceed it.
-        group_bytes: the number of bytes that one fetch should read. If it is 0, each fetch reads one request.
+        group_bytes: the number of bytes that one fetch should read. If it is 0, each fetch has one request.
         max_fetches: the maximum number of fetches at the same time.
         min_frames: batches with frames that a device decompresses wait until there are at least this many frames, or
             until nothing else can be done. Then they are written together.
@@ -155,15 +154,16 @@ class Schedule:
         self._working += step is not None
         return step
 
-    def fetched(self, step: Fetch, found: Sequence[Fetched] | None = None) -> None:
+    def fetched(self, step: Fetch, found: Fetched | None = None) -> None:
         """Record that a fetch has ended.
 
         Args:
-            found: what it returned for each request. None if the bytes have been verified already.
+            found: what a fetch of one request returned. None if the bytes have been verified already.
         """
         self._fetching -= 1
         if found is not None:
-            self._to_verify.append(Verify(step.requests, found))
+            (request,) = step.requests
+            self._to_verify.append(Verify(request, found))
 
     def verified(self, request: Request, data: memoryview | None) -> None:
         """Record that the bytes of a request are intact.

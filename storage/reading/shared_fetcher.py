@@ -24,7 +24,7 @@ from .fetcher import Fetched, Fetcher, ObjectRanges
 
 MAX_WAITING = 16
 """The number of threads that wait for messages. A message arrives in its buffer even if no thread waits for it yet."""
-_Done = Callable[["Future[list[Fetched]]"], None]
+_Done = Callable[["Future[Fetched]"], None]
 
 
 @dataclass(slots=True)
@@ -89,8 +89,8 @@ class SharedFetcher(Fetcher):
     def group_bytes(self) -> int:
         return 0
 
-    def start(self, wanted: Sequence[ObjectRanges], done: _Done) -> None:
-        ((name, ranges),) = wanted  # `group_bytes` is 0, so each fetch has one request
+    def start(self, wanted: ObjectRanges, done: _Done) -> None:
+        name, ranges = wanted
         found = self._of_part.get((name, ranges[0][0], ranges[-1][1], len(ranges)))
         if found is None:
             super().start(wanted, done)
@@ -157,7 +157,7 @@ class SharedFetcher(Fetcher):
                 begun.append(unit)
                 self._reading[unit.number] = self._postponed.pop(0)
         for unit in begun:
-            super().start([(unit.name, [(unit.start, unit.stop)])], partial(self._read_done, unit.number))
+            super().start((unit.name, [(unit.start, unit.stop)]), partial(self._read_done, unit.number))
 
     def _receive(self, progress: _Progress, buffer: torch.Tensor, received: Callable[[], None]) -> None:
         try:
@@ -167,12 +167,12 @@ class SharedFetcher(Fetcher):
             return
         self._arrived(progress, buffer.numpy().data)
 
-    def _read_done(self, number: int, future: Future[list[Fetched]]) -> None:
+    def _read_done(self, number: int, future: Future[Fetched]) -> None:
         """Pass on a unit that has been read. The thread that read it calls this."""
         with self._changed:
             progress = self._reading.pop(number)
         try:
-            (found,) = future.result()
+            found = future.result()
         except CancelledError:
             return  # the read has been stopped
         except Exception as error:
@@ -285,9 +285,9 @@ class SharedFetcher(Fetcher):
             self._peers.abort()
 
 
-def _done_with(found: Fetched) -> Future[list[Fetched]]:
-    future: Future[list[Fetched]] = Future()
-    future.set_result([found])
+def _done_with(found: Fetched) -> Future[Fetched]:
+    future: Future[Fetched] = Future()
+    future.set_result(found)
     return future
 
 

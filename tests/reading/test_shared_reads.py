@@ -409,7 +409,7 @@ def test_an_object_that_is_cut_short_behind_the_own_piece_is_an_error() -> None:
 def read_units(fetcher: SharedFetcher) -> None:
     with fetcher:
         for name in "ab":
-            fetcher.start([(name, [(0, 100)])], lambda _: None)
+            fetcher.start((name, [(0, 100)]), lambda _: None)
         for _ in range(1000):
             fetcher.check()
             time.sleep(0.01)
