@@ -251,12 +251,12 @@ class _Load:
         """
         ranks = on_all_ranks(lambda: self._open(begin), self._group)
         begun = [rank.begun for rank in ranks]
-        has_stateful = any(rank.has_stateful for rank in ranks)
+        any_stateful = any(rank.has_stateful for rank in ranks)
         if all(one.opened_alone for one in begun):
             check_same_checkpoint([one.opened for one in begun])
-            if not has_stateful:
+            if not any_stateful:
                 return [rank.offer for rank in ranks]
-        elif has_stateful:
+        elif any_stateful:
             on_all_ranks(lambda: self._finish_opening(begun), self._group)
         return self._compare_together(begun)
 
@@ -279,7 +279,7 @@ class _Load:
             self._finish_opening(begun)
             if self._matched is None:  # a rank without Stateful values may have compared its state dict already
                 self._match_names()
-            blocks = manifest_blocks_to_read(self._opening.source, self._read.needs)
+            blocks = manifest_blocks_to_read(self._opening.source, self._loading.needs)
             return self._opening.opened, blocks, None if blocks else self._compare()
 
         def read_for_all(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
@@ -300,7 +300,7 @@ class _Load:
             self._opening.finish(begun)
 
     @property
-    def _read(self) -> StateDictLoad:
+    def _loading(self) -> StateDictLoad:
         assert self._matched is not None
         return self._matched
 
@@ -313,10 +313,10 @@ class _Load:
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
-        if not self._read.is_prepared:
+        if not self._loading.is_prepared:
             with without_collections():
-                self._read.prepare(self._options)
-        return self._shared_read.offer(self._read.source, self._read.shareable_wants)
+                self._loading.prepare(self._options)
+        return self._shared_read.offer(self._loading.source, self._loading.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:
         """Decide with the other ranks whether to share the read, and read the tensors and values. Collective."""
@@ -324,12 +324,12 @@ class _Load:
         self._prepared = time.perf_counter()
 
         def run() -> _Done:
-            self._meter.location = self._read.source.location
+            self._meter.location = self._loading.source.location
             with self._meter:
-                report = self._read.run(self._options)
+                report = self._loading.run(self._options)
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
-            match = self._read.match
+            match = self._loading.match
             return _Done(
                 replace(report, seconds=times),
                 match.unused_patterns,
@@ -345,7 +345,7 @@ class _Load:
         """Put the values that were read into the state dict, and return the report. Collective."""
         unexpected = self._unexpected_keys(done)
         self._replace_values(done)
-        match = self._read.match
+        match = self._loading.match
         unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
         reports = tuple(of_rank.report for of_rank in done)
         report = Report(self._rank, reports, match.missing_keys, unexpected, unused_patterns=tuple(unused))
@@ -354,14 +354,14 @@ class _Load:
                 logger.warning(
                     "nothing was loaded: the state dict of each rank is empty, or `exclude` matches all of its names"
                 )
-            _log(report, self._read.describe_unexpected_keys(unexpected))
+            _log(report, self._loading.describe_unexpected_keys(unexpected))
         return report
 
     def _replace_values(self, done: Sequence[_Done]) -> None:
         """Replace the values of the state dict, and load the states of Stateful values. Collective if there are any."""
 
         def replace_values() -> None:
-            self._read.replace_values()
+            self._loading.replace_values()
             state_to_stateful(self._state_dict, self._states)
 
         if any(of_rank.has_stateful for of_rank in done):
@@ -371,7 +371,7 @@ class _Load:
 
     def _unexpected_keys(self, done: Sequence[_Done]) -> tuple[str, ...]:
         """Return the names that a rank lacks and no rank has. Collective, unless all ranks lack the same."""
-        match = self._read.match
+        match = self._loading.match
         if len({of_rank.unexpected for of_rank in done}) == 1:
             return match.unexpected_keys
         kinds = [(of_rank.unexpected, of_rank.held) for of_rank in done]  # such as one for each pipeline stage
