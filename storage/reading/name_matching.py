@@ -108,7 +108,8 @@ class NameMatch:
         wanted = [name for name in described if name not in excluded]
         for name, buffer in zip(wanted, self._read_values(f"{name}.{CLASS}" for name in wanted).values(), strict=True):
             check_class(name, leaves[name].value, buffer.value())
-        wanted += [name for name in unknown if name not in excluded]
+        unknown = [name for name in unknown if name not in excluded]
+        wanted += unknown
         if unknown:
             logger.warning("the checkpoint does not tell the classes of %s: they are not compared", quoted(unknown))
         found: dict[str, Leaf] = {}

@@ -115,7 +115,8 @@ def only_values(tensor: torch.Tensor) -> torch.Tensor | None:
     if not hasattr(tensor, "__tensor_flatten__"):
         return None
     inner = _inner(tensor)
-    if len(inner) != 1 or (inner[0].shape, inner[0].dtype) != (tensor.shape, tensor.dtype):
+    flattened: Any = tensor.__tensor_flatten__()
+    if not len(inner) == len(flattened[0]) == 1 or (inner[0].shape, inner[0].dtype) != (tensor.shape, tensor.dtype):
         return None
     values = only_values(inner[0]) if overrides_dispatch(inner[0]) else as_plain(inner[0])
     return values if values is not None and not missing_memory(values) and _presents_its_values(tensor) else None

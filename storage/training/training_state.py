@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import copyreg
 import inspect
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ArgumentError, UnsupportedValueError
 from ..runtime.brief import reason
+from ..tensors.overlaps import overlaps_itself
 from ..tensors.state_dict import has_stateful
+from ..tensors.tensor_classes import missing_memory
 
 _OF_OBJECTS: dict[type, str] = {
     DataLoader: "pass a loader that has them, such as StatefulDataLoader of torchdata, or the number of batches read",
@@ -266,20 +266,26 @@ def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
 def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: nn.Module) -> None:
     """Create the states of parameters that have not been updated.
 
-    This makes a step with gradients of 0. Everything else that the step may change is restored: the values of the
-    parameters, the settings and attributes of the optimizer, and the state of random generators. Its hooks are not
+    This makes a step with gradients of 0. What else the step may change is restored: the values of the parameters, the
+    settings and attributes of the optimizer and of those inside it, and the state of random generators. Hooks are not
     called.
 
     Raises:
         UnsupportedValueError: the step fails, for example because it needs a closure.
     """
+    optimizer = _unwrapped(optimizer)
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps the method of the class in one that calls the hooks
         step = step.__wrapped__
-    # Weight decay would be added to the momentum of SGD, and an eps of 0 would lead to NaN.
-    settings = _with_settings(optimizer, lr=0.0, weight_decay=0.0, eps=1.0)
-    kept = contextlib.nullcontext() if step.__module__.startswith("torch.optim.") else _unchanged(optimizer, parameters)
-    with _without_gradients([optimizer]), _without_hooks(optimizer), settings, kept:
+    optimizers = _with_inner(optimizer)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_gradients(optimizers))
+        for one in optimizers:
+            stack.enter_context(_without_hooks(one))
+            # Weight decay would be added to the momentum of SGD, and an eps of 0 would lead to NaN.
+            stack.enter_context(_with_settings(one, lr=0.0, weight_decay=0.0, eps=1.0))
+        if not step.__module__.startswith("torch.optim."):
+            stack.enter_context(_unchanged(optimizers, parameters))
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         try:
@@ -296,46 +302,65 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
             step.zero_()
 
 
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that another one wraps and whose states it has, such as that in one of accelerate."""
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and inner is not optimizer and inner.state is optimizer.state:
+            return _unwrapped(inner)
+    return optimizer
+
+
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those in its attributes, also in containers."""
+    found: list[Optimizer] = []
+    seen: dict[int, Any] = {}
+
+    def search(value: Any) -> None:
+        if isinstance(value, Optimizer) and id(value) not in seen:
+            seen[id(value)] = value
+            found.append(value)
+            search({name: item for name, item in vars(value).items() if name not in ("state", "param_groups")})
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen[id(value)] = value
+            for item in value.values() if isinstance(value, dict) else value:
+                search(item)
+
+    search(optimizer)
+    return found
+
+
 @contextlib.contextmanager
-def _unchanged(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Restore what the step of an optimizer changes, except the states of parameters.
+def _unchanged(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Restore what the step of an optimizer changes, except its states of parameters.
 
     Args:
+        optimizers: the optimizer, and those inside it, whose states are restored.
         parameters: those that the step updates.
     """
     accelerator = torch.accelerator.current_accelerator()
     kind = "cuda" if accelerator is None else accelerator.type
+    outer = optimizers[0]
     with contextlib.ExitStack() as stack:
         devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type == kind})
         stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(_restored(parameters, {}))
-        optimizers = _with_inner(optimizer)
-        known = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
-        known |= {id(one.state): one.state for one in optimizers}  # an attribute may refer to them
+        seen = {id(parameter): parameter for group in outer.param_groups for parameter in group["params"]}
+        seen |= {id(one.state): one.state for one in optimizers}  # an attribute may refer to them
+        for parameter in parameters:
+            _restore_later(parameter, stack, {})
         for one in optimizers:
-            kept = dict(vars(one))
-            stack.callback(_set_attributes, one, kept)
+            if one.state is not outer.state:
+                _restore_later(one.state, stack, {})
+            attributes = dict(vars(one))
+            stack.callback(_set_attributes, one, attributes)
             names: list[str] = copyreg._slotnames(type(one))  # type: ignore[attr-defined]
             slots = {name: getattr(one, name) for name in names if hasattr(one, name)}
-            for name, value in slots.items():
-                stack.callback(setattr, one, name, value)
-            others = [value for name, value in kept.items() if name not in ("state", "param_groups")]
-            stack.callback(_restored([*slots.values(), *others], known))
-            if one is not optimizer:
-                stack.enter_context(_with_settings(one, lr=0.0, weight_decay=0.0, eps=1.0))
-                if one.state is not optimizer.state:
-                    stack.callback(_restored_states(one, parameters))
+            stack.callback(_set_slots, one, names, slots)
+            for name, value in (*slots.items(), *attributes.items()):
+                if name not in ("state", "param_groups"):
+                    _restore_later(value, stack, seen)
         yield
-
-
-def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
-    """Return an optimizer and those in its attributes."""
-    found = [optimizer]
-    for one in found:
-        found += [inner for inner in vars(one).values() if isinstance(inner, Optimizer) and inner not in found]
-    return found
 
 
 def _set_attributes(optimizer: Optimizer, attributes: dict[str, Any]) -> None:
@@ -343,68 +368,79 @@ def _set_attributes(optimizer: Optimizer, attributes: dict[str, Any]) -> None:
     vars(optimizer).update(attributes)
 
 
-def _restored_states(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
-    """Return a function that restores the states of parameters as they are now."""
-    states = [dict(optimizer.state[parameter]) if parameter in optimizer.state else None for parameter in parameters]
-    restore = _restored([state for state in states if state is not None], {})
-
-    def restore_states() -> None:
-        for parameter, state in zip(parameters, states, strict=True):
-            if state is None:
-                optimizer.state.pop(parameter, None)
-            else:
-                optimizer.state[parameter] = state
-        restore()
-
-    return restore_states
+def _set_slots(optimizer: Optimizer, names: Iterable[str], values: dict[str, Any]) -> None:
+    for name in names:
+        if name in values:
+            setattr(optimizer, name, values[name])
+        elif hasattr(optimizer, name):
+            delattr(optimizer, name)
 
 
-def _restored(values: Sequence[Any], known: dict[int, Any]) -> Callable[[], None]:
-    """Return a function that restores tensors, arrays and containers in place, as they are now, also nested ones.
+def _restore_later(value: Any, stack: contextlib.ExitStack, seen: dict[int, Any]) -> None:
+    """Let a stack restore a tensor, array, generator, module or container in place, as it is now, also nested ones.
 
-    Tensors are copied to the host, because a device may have no memory left.
+    Tensors are copied to the host, because a device may have no memory left. Memory that cannot be written is left out.
 
     Args:
-        known: values by their `id` that are not restored.
+        seen: values by their `id` that need not be restored. This one is added.
     """
-    undo: list[Callable[[], object]] = []
-    known = dict(known)
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    inside: Iterable[Any] = ()
+    if isinstance(value, torch.Tensor):
+        local = getattr(value, "_local_tensor", value)
+        if not missing_memory(local) and not overlaps_itself(local):
+            stack.callback(_put_back, value, local.detach(), local.detach().to("cpu", copy=True))
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable:
+            stack.callback(np.copyto, value, value.copy())
+    elif isinstance(value, torch.Generator):
+        stack.callback(value.set_state, value.get_state())
+    elif isinstance(value, nn.Module):
+        inside = [*value.parameters(), *value.buffers()]
+    elif isinstance(value, dict):
+        stack.callback(_refill, value, dict(value))
+        inside = value.values()
+    elif isinstance(value, (list, deque, set)):
+        stack.callback(_refill, value, list(value))
+        inside = value
+    elif isinstance(value, tuple):
+        inside = value
+    for item in list(inside):
+        _restore_later(item, stack, seen)
 
-    def keep(value: Any) -> None:
-        if id(value) in known:
-            return
-        known[id(value)] = value
-        inside: Iterable[Any] = ()
-        if isinstance(value, torch.Tensor):
-            local = getattr(value, "_local_tensor", value).detach()
-            undo.append(partial(local.copy_, local.to("cpu", copy=True)))
-        elif isinstance(value, np.ndarray):
-            undo.append(partial(np.copyto, value, value.copy()))
-        elif isinstance(value, (list, deque, dict, set)):
-            undo.append(partial(_refill, value, copy.copy(value)))
-            inside = value.values() if isinstance(value, dict) else value
-        elif isinstance(value, tuple):
-            inside = value
-        for item in inside:
-            keep(item)
 
-    for value in values:
-        keep(value)
+def _put_back(tensor: torch.Tensor, local: torch.Tensor, values: torch.Tensor) -> None:
+    """Restore the memory of a tensor, and its values.
 
-    def restore() -> None:
-        with torch.no_grad():
-            for function in undo:
-                function()
-
-    return restore
+    Args:
+        local: the tensor that was in this memory: itself, or the local tensor of a DTensor.
+    """
+    now = getattr(tensor, "_local_tensor", tensor)
+    with torch.no_grad():
+        local.copy_(values)
+        if now.data_ptr() != local.data_ptr():  # the step has assigned `data`
+            now.data = local
 
 
 def _refill(container: Any, items: Any) -> None:
+    """Put items back into a container, if it has others now."""
+    now = list(container.items()) if isinstance(container, dict) else list(container)
+    before = list(items.items()) if isinstance(container, dict) else list(items)
+    if len(now) == len(before) and all(map(_is_same, now, before)):
+        return
     container.clear()
     if isinstance(container, (list, deque)):
         container.extend(items)
     else:
         container.update(items)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2:  # an item of a dict
+        return a[0] is b[0] and a[1] is b[1]
+    return a is b
 
 
 @contextlib.contextmanager
@@ -447,7 +483,7 @@ def _with_settings(optimizer: Optimizer, **settings: float) -> Iterator[None]:
     try:
         yield
     finally:
-        for group, values in zip(optimizer.param_groups, before, strict=True):
+        for group, values in zip(optimizer.param_groups, before, strict=False):  # the step may have added groups
             group.clear()
             group.update(values)
 

@@ -274,6 +274,23 @@ class WithCount(OfOne):
         return ["inside", "count"], [self.factor]
 
 
+class WithNone(OfOne):
+    """One whose second tensor may be missing."""
+
+    scale: torch.Tensor | None = None
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["inside", "scale"], [self.factor]
+
+
+def test_a_tensor_inside_may_be_missing() -> None:
+    store = MemoryStore()
+    reshard.save({"w": WithNone(torch.ones(3))}, store)
+    found: Any = WithNone(torch.zeros(3))
+    reshard.load({"w": found}, store)
+    assert found.inside.eq(1).all()
+
+
 @pytest.mark.parametrize("values", [torch.zeros(3), torch.arange(3.0), torch.tensor(2.0), torch.zeros(0, 4)])
 def test_the_form_of_a_stored_tensor_depends_on_its_class_alone(values: torch.Tensor) -> None:
     for tensor, names in (

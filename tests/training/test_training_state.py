@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.accelerator import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -908,6 +909,73 @@ def test_a_save_does_not_change_the_states_of_an_inner_optimizer(tmp_path: Path)
     fresh = LookAhead(model.parameters())
     reshard.save(reshard.training_state(model, fresh), tmp_path / "2")
     assert not fresh.inner.state
+
+
+class OfMasters(torch.optim.Optimizer):
+    """One that steps optimizers of copies of its parameters, and assigns the results."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.masters = [parameter.detach().clone() for parameter in self.param_groups[0]["params"]]
+        self.inner = {"all": [torch.optim.Adam([master], lr=0.1) for master in self.masters]}
+        self.average = nn.Linear(2, 2)
+        self.generator = torch.Generator()
+        self.mask = np.zeros(3)
+        self.mask.flags.writeable = False
+        self.expanded = torch.zeros(1).expand(3)
+        self.on_meta = torch.zeros(3, device="meta")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        parameters = self.param_groups[0]["params"]
+        torch.rand(3, generator=self.generator)
+        self.average.weight.mul_(0.5)
+        for parameter, master, inner in zip(parameters, self.masters, self.inner["all"], strict=True):
+            if parameter.grad is not None:
+                self.state[parameter].setdefault("seen", torch.zeros_like(parameter))
+                master.grad = parameter.grad.clone()
+                inner.step()
+                parameter.data = master.clone() * 0.5
+
+
+def test_a_save_does_not_change_optimizers_in_containers(tmp_path: Path) -> None:
+    model = net()
+    optimizer = OfMasters(model.parameters())
+    for inner, master in zip(optimizer.inner["all"], optimizer.masters, strict=True):
+        master.grad = torch.ones_like(master)
+        inner.step()
+
+    def everything() -> list[torch.Tensor]:
+        states = [value for inner in optimizer.inner["all"] for s in inner.state.values() for value in s.values()]
+        gradients = [master.grad for master in optimizer.masters if master.grad is not None]
+        others = [optimizer.average.weight, optimizer.generator.get_state()]
+        return [t.detach().clone() for t in (*model.parameters(), *optimizer.masters, *states, *gradients, *others)]
+
+    before, places = everything(), [parameter.data_ptr() for parameter in model.parameters()]
+    for number in range(2):
+        reshard.save(reshard.training_state(model, optimizer), tmp_path / str(number))
+        check_equal(everything(), before)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    assert reshard.open(tmp_path / "0").read("model.0.weight").equal(before[0])
+
+
+def test_the_scaler_of_accelerate_is_not_updated_by_a_save(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True)
+    model = net()
+    scaler = torch.amp.GradScaler("cpu")
+    wrap: Any = AcceleratedOptimizer
+    optimizer = wrap(torch.optim.Adam(model.parameters()), scaler=scaler)
+    called: list[Any] = []
+    optimizer.optimizer.register_step_post_hook(lambda *_: called.append(1))
+    for is_last in (True, False):
+        optimizer.gradient_state._set_sync_gradients(is_last)
+        reshard.save(reshard.training_state(model, optimizer), tmp_path / str(is_last))
+        assert "optimizer.state.0.weight.exp_avg" in reshard.open(tmp_path / str(is_last)).tensors
+    optimizer.gradient_state._set_sync_gradients(True)
+    assert not called
+    assert scaler._scale is None
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_save_of_an_optimizer_without_eps_changes_no_parameter(tmp_path: Path) -> None:
