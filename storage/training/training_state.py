@@ -303,11 +303,10 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that another one wraps and whose states it has, such as that in one of accelerate."""
-    for inner in vars(optimizer).values():
-        if isinstance(inner, Optimizer) and inner is not optimizer and inner.state is optimizer.state:
-            return _unwrapped(inner)
-    return optimizer
+    """Return the optimizer inside an AcceleratedOptimizer, whose step may also update a scaler, or do nothing."""
+    inner = vars(optimizer).get("optimizer")
+    is_of_accelerate = type(optimizer).__module__.startswith("accelerate.")
+    return _unwrapped(inner) if is_of_accelerate and isinstance(inner, Optimizer) else optimizer
 
 
 def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
