@@ -16,6 +16,7 @@ from reshard.planner.masking import masked
 from reshard.planner.text import shown
 from reshard.storage.maintenance.catalog import UNFINISHED_CONVERSION, find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
+from reshard.storage.stores.open import absolute_location
 from reshard.storage.stores.uris import is_local
 from reshard.storage.training.run_catalog import METRICS, stored_metrics
 
@@ -27,7 +28,7 @@ SHOWN_NAMES = 10
 
 
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
-    if is_local(uri) and not os.path.exists(uri.removeprefix("file://")):
+    if is_local(uri) and not os.path.exists(absolute_location(uri)):
         raise CheckpointNotFoundError(f"there is no folder {uri}")
     found = reshard.find_checkpoints(uri, storage_options(options))
     if as_json:

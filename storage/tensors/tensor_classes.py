@@ -114,7 +114,7 @@ def only_values(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     if not hasattr(tensor, "__tensor_flatten__"):
         return None
-    inner = _inner(tensor)
+    inner = list(tensors_inside(tensor).values())
     flattened: Any = tensor.__tensor_flatten__()
     if not len(inner) == len(flattened[0]) == 1 or (inner[0].shape, inner[0].dtype) != (tensor.shape, tensor.dtype):
         return None
@@ -180,7 +180,7 @@ def _reads_back(tensor: torch.Tensor, values: torch.Tensor) -> bool:
 def _digests(tensor: torch.Tensor) -> list[int]:
     """Return checksums of the tensors inside a tensor."""
     found: list[int] = []
-    for inner in _inner(tensor):
+    for inner in tensors_inside(tensor).values():
         if overrides_dispatch(inner):
             found += _digests(inner)
         elif not missing_memory(inner):
@@ -188,13 +188,13 @@ def _digests(tensor: torch.Tensor) -> list[int]:
     return found
 
 
-def _inner(tensor: torch.Tensor) -> list[torch.Tensor]:
+def tensors_inside(tensor: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors inside a tensor by their attributes."""
     if hasattr(tensor, "__tensor_flatten__"):
-        flattened: Any = tensor.__tensor_flatten__()
-        values = [getattr(tensor, attribute) for attribute in flattened[0]]  # a DTensor's mesh is among them
+        values = {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}  # also the mesh of a DTensor
     else:
-        values = list(vars(tensor).values())
-    return [value for value in values if isinstance(value, torch.Tensor)]
+        values = vars(tensor)
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
@@ -211,7 +211,7 @@ def memories_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the plain tensors whose memory a tensor uses: the tensor, or all tensors inside it."""
     if not overrides_dispatch(tensor):
         return [] if missing_memory(tensor) else [tensor]
-    return [memory for part in _inner(tensor) for memory in memories_of(part)]
+    return [memory for part in tensors_inside(tensor).values() for memory in memories_of(part)]
 
 
 def _full_name(tensor: torch.Tensor) -> str:

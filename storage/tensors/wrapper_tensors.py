@@ -16,7 +16,7 @@ from ..errors import CorruptCheckpointError, DestinationError
 from ..runtime.brief import reason
 from .plain_json import NotPlainError, from_plain, to_plain
 from .state_dict import Leaf
-from .tensor_classes import derives_from, is_whole, missing_memory, only_values, overrides_dispatch
+from .tensor_classes import derives_from, is_whole, missing_memory, only_values, overrides_dispatch, tensors_inside
 
 CLASS = "__class__"
 """The last part of the name under which the class of such a tensor is stored."""
@@ -25,7 +25,7 @@ CLASS = "__class__"
 def has_parts(value: object) -> bool:
     """Return whether a value is a tensor that consists of other tensors.
 
-    A sharded tensor is none, nor is the result of a collective that may not have ended.
+    Sharded tensors do not count, and neither do results of collectives that may still run.
     """
     if not isinstance(value, torch.Tensor) or not (overrides_dispatch(value) and is_whole(value)):
         return False
@@ -38,21 +38,15 @@ def has_parts(value: object) -> bool:
 def parts_of(leaf: Leaf) -> dict[str, Leaf]:
     """Return the tensors inside a tensor by name. Parts that consist of other tensors are divided, too."""
     parts: dict[str, Leaf] = {}
-    for attribute, tensor in _tensors_inside(leaf.value).items():
+    for attribute, tensor in tensors_inside(leaf.value).items():
         part = Leaf((*leaf.path, attribute), leaf.container, leaf.key, tensor)
         parts |= parts_of(part) if has_parts(tensor) else {part.name: part}
     return parts
 
 
-def _tensors_inside(tensor: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors inside a tensor by their attributes."""
-    inside = {attribute: getattr(tensor, attribute) for attribute in tensor.__tensor_flatten__()[0]}
-    return {attribute: part for attribute, part in inside.items() if isinstance(part, torch.Tensor)}
-
-
 def _describe(tensor: Any) -> dict[str, Any]:
     """Return a tensor's class, the tensors inside, and its settings that are plain data, encoded by `to_plain`."""
-    inside = _tensors_inside(tensor)
+    inside = tensors_inside(tensor)
     tensors = {attribute: _describe(part) if has_parts(part) else None for attribute, part in inside.items()}
     context = tensor.__tensor_flatten__()[1]
     settings = (
@@ -141,9 +135,10 @@ def with_parts(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
             found[name] = Leaf(leaf.path, leaf.container, leaf.key, values)
         else:
             described = Leaf((*leaf.path, CLASS), leaf.container, leaf.key, json.dumps(_describe(leaf.value)))
+            parts = parts_of(leaf)
+            for part in (*parts, described.name):
+                if part in found or part in leaves:
+                    raise DestinationError(f"two values of the state dict have the name {part!r}")
+            found |= parts
             descriptions[described.name] = described
-            for part in (*parts_of(leaf).values(), described):
-                if part.name in found or part.name in leaves:
-                    raise DestinationError(f"two values of the state dict have the name {part.name!r}")
-            found |= parts_of(leaf)
     return found | descriptions  # one after another, so that few requests read them

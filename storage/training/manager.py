@@ -689,16 +689,20 @@ class CheckpointManager:
         return save_with(state_dict, uri, options, self._group)
 
 
+def _check_same(what: str, passed: Sequence[object]) -> None:
+    """Raise ArgumentError if the ranks passed different arguments."""
+    if len(set(passed)) > 1:
+        arguments = ", ".join(f"rank {rank}: {of_rank}" for rank, of_rank in enumerate(passed[:8]))
+        raise ArgumentError(f"the ranks passed different {what}: {arguments}")
+
+
 def _order_for(calls: Sequence[_SaveCall]) -> _SaveOrder:
     """Return the order of rank 0 for the calls of all ranks.
 
     Raises:
         ArgumentError: the ranks passed different arguments, or nothing to save.
     """
-    passed = [(call.step, call.force) for call in calls]
-    if len(set(passed)) > 1:
-        steps = ", ".join(f"rank {rank}: {arguments}" for rank, arguments in enumerate(passed[:8]))
-        raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
+    _check_same("steps or force to save()", [(call.step, call.force) for call in calls])
     if not any(call.has_entries for call in calls):
         raise ArgumentError(
             "the state dict is empty on every rank: saving nothing could replace the last useful checkpoint of the run"
@@ -714,10 +718,7 @@ def _candidates_for(calls: Sequence[_RestoreCall]) -> list[Candidate]:
     Raises:
         ArgumentError: the ranks passed different steps, or nothing to restore.
     """
-    passed = [call.step for call in calls]
-    if len(set(passed)) > 1:
-        steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(passed[:8]))
-        raise ArgumentError(f"the ranks passed different steps to restore(): {steps}")
+    _check_same("steps to restore()", [call.step for call in calls])
     if not any(call.has_entries for call in calls):
         raise ArgumentError(
             "the state dict is empty on every rank, so restore() would load nothing: pass the state dict that save() "

@@ -27,7 +27,7 @@ from reshard.testing import MemoryStore
 from tests.integration.wrappers import Flattened, Scaled
 from tests.ranks import RankPool
 
-logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells which of its extensions need a GPU
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it logs which of its extensions need a GPU
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torchao.float8
