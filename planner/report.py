@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .html import table
+from .text import counted
 
 REPORT_COLUMNS = ("MB needed", "MB fetched", "fetched / needed", "requests", "objects", "chunks")
 """The titles of the values in `PlanReport.row`."""
@@ -74,7 +75,8 @@ class PlanReport:
             notes.append(f"{self.bytes_sent / 1e6:.2f} MB sent, {self.bytes_received / 1e6:.2f} MB received")
         read = (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {self.bytes_fetched / 1e6:.2f} MB fetched "
-            f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {self.chunks} chunks"
+            f"({self.amplification:.3f} x) by {counted(self.requests, 'request')} of "
+            f"{counted(self.objects, 'object')}, {counted(self.chunks, 'chunk')}"
         )
         compressed = [f"{self.bytes_compressed / 1e6:.2f} MB of it compressed"] if self.bytes_compressed else []
         return "; ".join([read, *compressed, *notes])

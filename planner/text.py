@@ -43,6 +43,11 @@ def quoted(names: Iterable[str], most: int = 5) -> str:
     return first_few(map(repr, names), most)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with a noun, in the plural unless the number is 1: `1 object`, `2 objects`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def printable(text: str) -> str:
     """Escape the characters that a terminal interprets, hides, or breaks a line at, as in Python literals.
 

@@ -21,7 +21,7 @@ from ..planner.html import table
 from ..planner.layout import Layout, unused_rules
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.request_costs import REMOTE_COSTS, RequestCosts
-from ..planner.text import quoted
+from ..planner.text import counted, quoted
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
@@ -565,8 +565,8 @@ class Checkpoint:
             return "Checkpoint(closed)"
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
         return (
-            f"Checkpoint({self.location!r}, {self.format}: {len(self._tensors)} tensors, "
-            f"{len(self.value_names)} values, {stored / 1e6:.1f} MB stored"
+            f"Checkpoint({self.location!r}, {self.format}: {counted(len(self._tensors), 'tensor')}, "
+            f"{counted(len(self.value_names), 'value')}, {stored / 1e6:.1f} MB stored"
             + (f"; {len(self._source.unreadable)} names cannot be read" if self._source.unreadable else "")
             + ")"
         )

@@ -13,7 +13,7 @@ import typer
 import reshard
 from reshard.errors import CheckpointNotFoundError
 from reshard.planner.masking import masked
-from reshard.planner.text import shown
+from reshard.planner.text import counted, shown
 from reshard.storage.maintenance.catalog import UNFINISHED_CONVERSION, find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
 from reshard.storage.stores.open import absolute_location
@@ -79,10 +79,11 @@ def rm(uri: str, yes: bool, options: list[str] | None) -> None:
         if len(names) < len(removal.names):
             print_line(f"  and {len(removal.names) - len(names)} more")
         kind = removal.format if removal.format == UNFINISHED_CONVERSION else f"{removal.format} checkpoint"
-        what = f"{kind} of {format_bytes(removal.nbytes)}, {len(removal.names)} objects,"
+        what = f"{kind} of {format_bytes(removal.nbytes)}, {counted(len(removal.names), 'object')},"
         if not typer.confirm(shown(f"Remove the {what} at {uri}?")):
             raise typer.Exit(1)
-    print_line(f"{len(reshard.remove(uri, given, expected=removal))} objects removed")
+    removed = reshard.remove(uri, given, expected=removal)
+    print_line(f"{counted(len(removed), 'object')} removed")
 
 
 def gc(
@@ -98,13 +99,13 @@ def gc(
     given = storage_options(options)
     found = reshard.gc(uri, given, older_than_s=older_than_s, dry_run=True)
     for remains in found:
-        print_line(f"{remains.uri}: {len(remains.names)} objects, {format_bytes(remains.nbytes)}")
+        print_line(f"{remains.uri}: {counted(len(remains.names), 'object')}, {format_bytes(remains.nbytes)}")
     if not found:
         younger = reshard.gc(uri, given, older_than_s=0, dry_run=True)
         print_line(f"no data that is older than {older_than_hours:g} hours")
         for remains in younger:
-            objects = f"{len(remains.names)} objects, {format_bytes(remains.nbytes)}"
-            print_line(f"{remains.uri}: {objects} are younger: a save may be running; see --older-than")
+            objects = f"{counted(len(remains.names), 'younger object')}, {format_bytes(remains.nbytes)}"
+            print_line(f"{remains.uri}: {objects}: a save may be running; see --older-than")
     elif not dry_run:
         total = sum(remains.nbytes for remains in found)
         if not yes and not typer.confirm(f"Remove {format_bytes(total)} that no checkpoint uses?"):

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import reshard
 from reshard.errors import CorruptCheckpointError
+from reshard.planner.text import counted
 
 from ..humanize import format_bytes
 from .common import print_json, print_line, storage_options
@@ -37,8 +38,8 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
     if damaged_chunks:
         names = {damage.tensor for damage in damaged_chunks}
         tensors = _counted(len(names & checkpoint.tensors.keys()), len(names - checkpoint.tensors.keys() - missing))
-        lost = f"; {len(missing)} tensors are missing completely" if missing else ""
-        print_line(f"{len(damaged_chunks)} chunks of {tensors} are damaged or missing{lost}", file=sys.stderr)
+        lost = f"; {counted(len(missing), 'tensor')} missing completely" if missing else ""
+        print_line(f"{counted(len(damaged_chunks), 'chunk')} of {tensors} damaged or missing{lost}", file=sys.stderr)
         return 1
     what = "match their checksums"
     if quick:
@@ -48,10 +49,12 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
     elif checkpoint.format != "reshard":
         what = "exist; this format has no checksums to compare"
     stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
-    print_line(f"{checkpoint.location}: all {format_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
+    print_line(
+        f"{checkpoint.location}: all {format_bytes(stored)} of {counted(len(checkpoint.tensors), 'tensor')} {what}"
+    )
     return 0
 
 
 def _counted(tensors: int, values: int) -> str:
-    counts = [f"{count} {what}{'s' * (count > 1)}" for count, what in ((tensors, "tensor"), (values, "value")) if count]
+    counts = [counted(count, noun) for count, noun in ((tensors, "tensor"), (values, "value")) if count]
     return " and ".join(counts) or "0 tensors"

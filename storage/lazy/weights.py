@@ -11,6 +11,7 @@ import torch
 
 from ...planner.errors import MissingTensorError
 from ...planner.read_plan import ReadPlan
+from ...planner.text import counted
 from ..errors import ArgumentError
 from ..formats.source import Source
 from ..reading.read_tensors import counting_metadata
@@ -130,7 +131,7 @@ class LazyWeights(Mapping[str, torch.Tensor]):
         return tuple(name for name in self._names if name not in self._recorder.used)
 
     def __repr__(self) -> str:
-        return f"LazyWeights({self._source().location!r}, {len(self._names)} tensors)"
+        return f"LazyWeights({self._source().location!r}, {counted(len(self._names), 'tensor')})"
 
 
 class _Filled:

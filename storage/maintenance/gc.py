@@ -11,6 +11,7 @@ from typing import Any
 
 from ...planner.errors import InvalidIndexError
 from ...planner.masking import masked
+from ...planner.text import counted
 from ..errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from ..formats.detect import CONVERSION
 from ..formats.native.native_source import NativeSource
@@ -49,7 +50,7 @@ class Remains:
 
     def __repr__(self) -> str:
         """Return a description without the secrets that `uri` and `root` may contain."""
-        return masked(f"Remains({self.uri!r}, {len(self.names)} objects, {self.nbytes} bytes)")
+        return masked(f"Remains({self.uri!r}, {counted(len(self.names), 'object')}, {self.nbytes} bytes)")
 
 
 @undisturbed()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...planner.html import table
+from ...planner.text import counted
 
 RANK_REPORT_COLUMNS = ("", "MB needed", "MB fetched", "MB written", "moved / needed", "requests", "chunks", "seconds")
 """The columns of the table in which notebooks show a report."""
@@ -88,7 +89,8 @@ class RankReport:
         decoded = ", ".join(f"{nbytes / 1e6:.2f} MB decoded by {name}" for name, nbytes in self.decoded_by.items())
         return (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "
-            f"{self.requests} requests, {self.chunks} chunks; {decoded + '; ' if decoded else ''}{stages}"
+            f"{counted(self.requests, 'request')}, {counted(self.chunks, 'chunk')}; "
+            f"{decoded + '; ' if decoded else ''}{stages}"
         )
 
     def __str__(self) -> str:
@@ -151,12 +153,12 @@ class Report:
         return "\n".join(str(report) for report in (self.total, *shown))
 
     def _repr_html_(self) -> str:
-        notes = [f"{len(self.missing_keys)} missing keys"] if self.missing_keys else []
-        notes += [f"{len(self.unexpected_keys)} unexpected keys"] if self.unexpected_keys else []
-        notes += [f"{len(self.cast)} tensors cast to fewer bits"] if self.cast else []
+        notes = [counted(len(self.missing_keys), "missing key")] if self.missing_keys else []
+        notes += [counted(len(self.unexpected_keys), "unexpected key")] if self.unexpected_keys else []
+        notes += [f"{counted(len(self.cast), 'tensor')} cast to fewer bits"] if self.cast else []
         notes += [f"{len(self.differing)} values differ between ranks"] if self.differing else []
         notes += [f"{len(self.pickled)} values need allow_pickle=True"] if self.pickled else []
-        notes += [f"{len(self.dropped)} names dropped"] if self.dropped else []
+        notes += [f"{counted(len(self.dropped), 'name')} dropped"] if self.dropped else []
         return table("; ".join(notes), RANK_REPORT_COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 

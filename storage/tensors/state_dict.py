@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -290,14 +291,14 @@ def find_stateful(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return _StatefulSearch().find((), state_dict)
 
 
-def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def stateful_to_state(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a copy in which the state dict of every Stateful value replaces it. Raise ArgumentError.
 
-    Dicts and lists without such values are not copied.
+    Dicts and lists without such values are not copied. The copy of a read-only mapping is read-only.
     """
     check_mapping(state_dict)
     search = _StatefulSearch()
-    return {key: _with_states((key,), value, search) for key, value in state_dict.items()}
+    return _copied(state_dict, {key: _with_states((key,), value, search) for key, value in state_dict.items()})
 
 
 def _with_states(path: tuple[Any, ...], value: Any, search: _StatefulSearch) -> Any:
@@ -307,11 +308,15 @@ def _with_states(path: tuple[Any, ...], value: Any, search: _StatefulSearch) -> 
         return value
     check_nesting(path)
     if isinstance(value, Mapping):
-        return {key: _with_states((*path, key), item, search) for key, item in value.items()}
+        return _copied(value, {key: _with_states((*path, key), item, search) for key, item in value.items()})
     return [_with_states((*path, at), item, search) for at, item in enumerate(value)]
 
 
-def separate_scalars(states: dict[str, Any], stateful: Sequence[str]) -> dict[str, Any]:
+def _copied(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    return items if isinstance(mapping, MutableMapping) else MappingProxyType(items)
+
+
+def separate_scalars(states: Mapping[str, Any], stateful: Sequence[str]) -> Mapping[str, Any]:
     """Return states in which those of Stateful values share no scalar tensors with each other or with other values.
 
     A scheduler may refer to the learning rate of its optimizer, if that is a tensor, under several names. They may have
@@ -329,21 +334,26 @@ def separate_scalars(states: dict[str, Any], stateful: Sequence[str]) -> dict[st
         if leaf.name.startswith(begins) and leaf.value.data_ptr() in seen:
             repeated[leaf.name] = leaf.value.detach().clone()
         seen.add(leaf.value.data_ptr())
-    return (
-        {key: _with_others(item, (_part((), key),), repeated) for key, item in states.items()} if repeated else states
-    )
+    return _with_others(states, (), repeated) if repeated else states
 
 
 def _with_others(value: Any, path: Path, others: Mapping[str, Any]) -> Any:
-    """Return a value in which others replace the values of their names. Dicts and lists are copied."""
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        for key, item in value.items():
-            copied[key] = _with_others(item, (*path, _part(path, key)), others)
-        return copied
-    if isinstance(value, list):
-        return [_with_others(item, (*path, at), others) for at, item in enumerate(value)]
-    return others.get(name_of(path), value)
+    """Return a value in which others replace the values of their names. Dicts and lists that change are copied."""
+    if isinstance(value, Mapping):
+        items = {key: _with_others(item, (*path, _part(path, key)), others) for key, item in value.items()}
+    elif isinstance(value, list) and _is_walked(value):
+        items = {at: _with_others(item, (*path, at), others) for at, item in enumerate(value)}
+    else:
+        return others.get(name_of(path), value)
+    changed = {key: item for key, item in items.items() if item is not value[key]}
+    if not changed:
+        return value
+    if not isinstance(value, (dict, list)):
+        return _copied(value, items)
+    copied = copy.copy(value)
+    for key, item in changed.items():
+        copied[key] = item
+    return copied
 
 
 def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:

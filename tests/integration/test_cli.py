@@ -282,7 +282,7 @@ def test_gc_removes_data_of_unfinished_saves_when_it_is_old(tmp_path: Path) -> N
         path.write_bytes(b"somebody's")
     told = call("gc", tmp_path)
     assert told.startswith("no data that is older than 24 hours\n")
-    assert told.count("1 objects, 17 B are younger: a save may be running") == 2
+    assert told.count("1 younger object, 17 B: a save may be running") == 2
     old = time.time() - 48 * 3600
     for folder in (place, other):
         for path in (folder / "data").iterdir():
@@ -388,7 +388,7 @@ def test_verify_counts_tensors_and_values(tmp_path: Path) -> None:
     data.write_bytes(b"")
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert result.exit_code == 1
-    assert "3 chunks of 2 tensors and 1 value are damaged or missing" in result.stderr
+    assert "3 chunks of 2 tensors and 1 value damaged or missing" in result.stderr
 
 
 def test_ls_shows_why_a_file_cannot_be_opened(tmp_path: Path) -> None:

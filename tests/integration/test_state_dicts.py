@@ -123,6 +123,41 @@ def test_empty_stateful_round_trips() -> None:
     assert empty.loaded == {}
 
 
+def test_a_read_only_mapping_beside_a_stateful_changes_nothing() -> None:
+    store = MemoryStore()
+    saved, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    reshard.save({"model": saved, "inner": {"model": nn.Linear(2, 2), "step": 3}, "step": 3}, store)
+    before = model.weight.detach().clone()
+    read_only = types.MappingProxyType
+    for state in (
+        read_only({"model": model, "inner": {"model": nn.Linear(2, 2), "step": 0}, "step": 0}),
+        {"model": model, "inner": read_only({"model": nn.Linear(2, 2), "step": 0}), "step": 0},
+    ):
+        with pytest.raises(errors.DestinationError, match="in which values cannot be replaced"):
+            reshard.load(state, store)  # type: ignore[arg-type]  # a read-only mapping
+        assert torch.equal(model.weight, before)
+    reshard.load(read_only({"model": model}), store)  # type: ignore[arg-type]
+    assert torch.equal(model.weight, saved.weight)
+
+
+def test_dicts_are_filled_in_place_when_a_scheduler_shares_a_tensor_with_its_optimizer() -> None:
+    def state_of(step: int) -> dict[str, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=torch.tensor(0.5))
+        schedulers: list[torch.optim.lr_scheduler.LRScheduler]
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for _ in range(2)]
+        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones=[3])
+        return {"optimizer": optimizer, "scheduler": scheduler, "extra": {"step": step, "list": [{"epoch": step}]}}
+
+    store = MemoryStore()
+    reshard.save(state_of(3), store)
+    state = state_of(0)
+    extra, first = state["extra"], state["extra"]["list"][0]
+    reshard.load(state, store)
+    assert state["extra"] is extra
+    assert extra["list"][0] is first
+    assert extra == {"step": 3, "list": [{"epoch": 3}]}
+
+
 def test_classes_in_a_state_dict_are_values() -> None:
     store = MemoryStore()
     state = {"hparams": {"optimizer": torch.optim.Adam, "layers": [nn.Linear, {"kind": nn.ReLU}]}, "w": torch.ones(1)}
