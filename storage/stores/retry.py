@@ -36,6 +36,8 @@ SLOWEST_BYTES_PER_S = 1_000_000
 """The deadline of a large request is longer, by its size at this rate."""
 QUIET_S = 5.0
 """Failures for longer than this are logged as warnings."""
+WARN_EVERY_S = 30.0
+"""There is at most one such warning in this time, however many calls fail. The others are logged as information."""
 FIRST_WAIT_S = 0.1
 MAX_WAIT_S = 10.0
 _jitter = random.SystemRandom()
@@ -98,6 +100,24 @@ def read_whole(store: Store, name: str, start: int, stop: int) -> Buffer:
     return retried(read, retry_for_s=store.retry_for_s if isinstance(store, RetryingStore) else None)
 
 
+class _Warnings:
+    """Limits how often this process warns that calls fail."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def are_due(self) -> bool:
+        """Return whether to warn now. The next warning is then due after WARN_EVERY_S."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + WARN_EVERY_S
+        return True
+
+
+_warnings = _Warnings()
+
+
 class _Pauses:
     """The time to wait before each retry: it doubles each time, with jitter. None ends the retries."""
 
@@ -114,7 +134,7 @@ class _Pauses:
         if time.monotonic() + pause > self._deadline:
             return None
         failing_s = self.retry_for_s - (self._deadline - time.monotonic())
-        level = logging.WARNING if failing_s > QUIET_S else logging.INFO
+        level = logging.WARNING if failing_s > QUIET_S and _warnings.are_due() else logging.INFO
         logger.log(level, "failing for %.0f s, retrying in %.1f s: %s", failing_s, pause, error)
         return pause
 

@@ -110,3 +110,23 @@ def test_the_duration_of_the_first_attempt_does_not_count() -> None:
         return tries
 
     assert retried(call, retry_for_s=0.25) == 2
+
+
+def test_an_outage_is_logged_as_few_warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(retry, "QUIET_S", 0.02)
+    monkeypatch.setattr(retry, "MAX_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "_warnings", retry._Warnings())
+    store = RetryingStore(
+        RecordingStore(MemoryStore(), failing("read", error=UnavailableError("injected"))), retry_for_s=0.1
+    )
+    with caplog.at_level("INFO", "reshard"):
+        for _ in range(3):
+            with pytest.raises(UnavailableError):
+                store.read("x", 0, 1)
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert len(caplog.records) > 10
+    monkeypatch.setattr(retry, "WARN_EVERY_S", 0.0)
+    monkeypatch.setattr(retry, "_warnings", retry._Warnings())
+    with pytest.raises(UnavailableError):
+        store.read("x", 0, 1)
+    assert [record.levelname for record in caplog.records].count("WARNING") > 2
