@@ -12,8 +12,8 @@ import torch
 _NO_TAG = 2**31 - 1
 """A tag of messages that are never sent."""
 _PING_TAG = 2**31 - 2
-PINGS = 64
-"""How many pings a rank can answer while its interpreter is busy."""
+PINGS = 128
+"""How many pings a rank can answer without its interpreter."""
 
 
 class Connections:

@@ -6,14 +6,18 @@ and all others find it within a second. It is never removed, since a group that 
 
 Each rank watches the next one, so that the store serves a constant number of requests for each rank. A process that
 died has closed its connections. A process that was stopped, or whose machine is lost, has no pulse, and does not answer
-a ping. A process that is in a call of C code for long has no pulse either, but it answers: see `Connections.ping`.
+a ping. A process that is in a call of C code for long has no pulse either, but it answers: see `Connections.ping`. So
+does a process that has not made the call yet. It may be busy with something else for hours, so it is pinged less and
+less often.
 
 A thread per process reads and writes these keys. No other thread waits for the store, which may be lost, too.
 
 - `Poller`: that thread, one for each store. It serves all objects that are `Polled`.
 - `Watch`: one for each process group. It knows which ranks are lost.
 - `Lookout`: for a thread that waits for other ranks outside a collective call. It asks the `Watch`.
-- `_Silence`: what a rank knows about the next one, such as for how long its pulse has not changed.
+- `_Silence`: what a rank knows about the next one while that is in the same call, such as for how long its pulse has
+  not changed.
+- `_Absence`: what a rank knows about the next one while that shows no pulse in the same call.
 """
 
 from __future__ import annotations
@@ -46,6 +50,12 @@ SILENT_S = float(SILENT_BEATS)
 """A store is considered lost if it has not answered for this long."""
 PINGED_BEATS = 3
 """In how many of these checks a rank may answer a ping."""
+ABSENT_BEATS = 2
+"""A rank is pinged if it shows no pulse in the same call during this many checks. Each further wait is longer."""
+LENGTHENED = 4
+"""How many times longer."""
+MAX_ABSENT_PINGS = PINGS - 64
+"""How many pings of a group may go to ranks that show no pulse. They can answer the others in a call."""
 CLOSED_BEATS = 3
 """A rank is considered lost if its connection is closed during this many checks. One is not enough: the rank
 may just have finished the call and ended its process."""
@@ -197,6 +207,7 @@ class Watch:
         self._beat = 0.0, -1
         """When this rank showed its last pulse, and in which call."""
         self._next = _Silence()
+        self._absence = _Absence()
         self.connections: Connections | None = None
         self._rounds = 0
         """The number of rounds of the poller at the last check; -1 if this call has not checked yet."""
@@ -219,7 +230,9 @@ class Watch:
         """Return the connections of the gloo group that the ranks send messages through. All calls share them."""
         if self.connections is None or not self.connections.belong_to(messages):
             self.connections = Connections(messages, self.rank, self.size)
-            self._beat = 0.0, -1
+            self.connections.allow_pings((self.rank - 1) % self.size, PINGS)
+            self._absence = _Absence()
+            self._absence.answer = self.connections.ping((self.rank + 1) % self.size)
         return self.connections
 
     @contextlib.contextmanager
@@ -237,6 +250,7 @@ class Watch:
             poller = Poller.add(self, self.store)
             if poller is not self._poller or self._active == 1:
                 self._rounds = -1  # the first check of a call begins to count
+                self._absence.begin_call()
             self._poller = poller
         try:
             yield
@@ -336,19 +350,22 @@ class Watch:
             self._accept(store.get(f"{self._prefix}/lost").decode())
 
     def _let_ping(self) -> None:
-        """Let the previous rank ping this one: PINGS times, and once more after each silence."""
+        """Let the previous rank ping this one once more after each silence."""
         now, call = time.monotonic(), self._calls
         before, of_call = self._beat
         self._beat = now, call
-        if self.connections is not None and (of_call < 0 or (of_call == call and now - before > PINGED_BEATS)):
-            self.connections.allow_pings((self.rank - 1) % self.size, PINGS if of_call < 0 else 1)
+        if self.connections is not None and of_call == call and now - before > PINGED_BEATS:
+            self.connections.allow_pings((self.rank - 1) % self.size, 1)
 
     def _listen(self, store: Any) -> None:
-        """Accuse the next rank if its connection is closed, or if it is in the same call and does not respond."""
+        """Accuse the next rank if its connection is closed, or if it does not respond."""
         if self.connections is None:
             return
         silence, rank = self._next, (self.rank + 1) % self.size
-        silence.listen(self._pulse(store, rank), self._calls, is_closed=self.connections.is_closed(rank))
+        pulse, is_closed = self._pulse(store, rank), self.connections.is_closed(rank)
+        silence.listen(pulse, self._calls, is_closed=is_closed)
+        if not is_closed and not _is_of_call(pulse, self._calls):
+            self._listen_to_absent(self.connections, rank, store)
         if silence.closed >= CLOSED_BEATS:
             self.announce([at for at in self.connections.closed() if not self._has_left(store, at)], DIED, store)
         elif silence.beats == SILENT_BEATS - PINGED_BEATS:
@@ -359,6 +376,15 @@ class Watch:
         elif silence.beats >= SILENT_BEATS:  # if a machine is lost, all its ranks are silent
             lost = [at for at, pulse in self._pulses(store).items() if silence.others.get(at) == pulse]
             self.announce(lost, f"did not respond for {SILENT_BEATS} s", store)
+
+    def _listen_to_absent(self, connections: Connections, rank: int, store: Any) -> None:
+        """Ping the next rank, which shows no pulse in this call, from time to time. Accuse it if it does not answer."""
+        absence = self._absence
+        absence.listen()
+        if absence.is_due():
+            absence.ping(connections.ping(rank))
+        elif absence.is_lost():
+            self.announce([rank], f"did not respond for {SILENT_BEATS} s", store)
 
     def _pulses(self, store: Any) -> dict[int, str]:
         """Return the pulses of the other ranks that are in the same call."""
@@ -443,6 +469,44 @@ class _Silence:
         self.closed = self.closed + 1 if is_closed and not pulse.endswith("left") else 0
         self.beats = self.beats + 1 if pulse == self.pulse and _is_of_call(pulse, call) else 0
         self.pulse = pulse
+
+
+class _Absence:
+    """What a rank knows about the next one while that shows no pulse in the same call."""
+
+    def __init__(self) -> None:
+        self.answer: Any = None
+        """The byte that becomes 1 when it answers the last ping; None if it has answered."""
+        self._pings = 0
+        self._beats = 0
+        """The number of checks since the last ping or answer in this call."""
+        self._wait = ABSENT_BEATS
+        self._has_answered = False
+
+    def begin_call(self) -> None:
+        """Count from now on, and ping soon again."""
+        self._beats, self._wait = 0, ABSENT_BEATS
+
+    def listen(self) -> None:
+        """Find out whether it has answered."""
+        self._beats += 1
+        if self.answer is not None and self.answer[0]:
+            self.answer, self._beats, self._has_answered = None, 0, True
+
+    def is_due(self) -> bool:
+        """Return whether to ping it now. One that has never answered may not have created its connections yet."""
+        is_next = self._has_answered and self.answer is None and self._beats >= self._wait
+        return is_next and self._pings < MAX_ABSENT_PINGS
+
+    def ping(self, answer: Any) -> None:
+        self.answer = answer
+        self._pings += 1
+        self._beats = 0
+        self._wait *= LENGTHENED
+
+    def is_lost(self) -> bool:
+        """Return whether it has not answered a ping for too long."""
+        return self._has_answered and self.answer is not None and self._beats >= SILENT_BEATS
 
 
 def _is_of_call(pulse: str, call: int) -> bool:

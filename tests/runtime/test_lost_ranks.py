@@ -29,7 +29,7 @@ import reshard
 from reshard.errors import RankError
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime import process_group
-from reshard.storage.runtime.lost_ranks import Watch
+from reshard.storage.runtime.lost_ranks import MAX_ABSENT_PINGS, Watch, _Absence
 from reshard.storage.runtime.process_group import Collectives, on_all_ranks
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
@@ -177,6 +177,79 @@ def test_every_rank_names_the_rank_that_does_not_respond(tmp_path: Path, stopped
             pool.run(WORLD, stop_a_rank, str(tmp_path), stopped, timeout_s=60)
     named = f"found: the process group broke, because rank {stopped} did not respond for 8 s"
     assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
+
+
+def stop_a_rank_early(folder: str, stopped: int) -> None:
+    """Stop the process of a rank as soon as it is in the call: it has shown no pulse, like a rank that is elsewhere."""
+    group = long_group()
+    pids: list[Any] = [None] * WORLD
+    dist.all_gather_object(pids, os.getpid())
+    reshard.load(state_on(group, 5), folder, process_group=group)  # it answers a first ping
+
+    def before(made: Call) -> None:
+        if dist.get_rank() == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with pytest.raises(RankError) as caught:
+        reshard.load(state_on(group, 5), RecordingStore(LocalStore(folder), before), process_group=group)
+    with contextlib.suppress(ProcessLookupError):  # another rank was faster
+        os.kill(pids[stopped], signal.SIGKILL)
+    dist.destroy_process_group()
+    raise AssertionError(f"found: {caught.value}")
+
+
+@pytest.mark.parametrize("stopped", [1, 3])  # rank 0 serves the store
+def test_every_rank_names_the_rank_that_stops_before_its_first_pulse(tmp_path: Path, stopped: int) -> None:
+    with RankPool() as pool:
+        pool.run(WORLD, save_first, str(tmp_path))
+        with pytest.raises(RankFailed) as failed:
+            pool.run(WORLD, stop_a_rank_early, str(tmp_path), stopped, timeout_s=60)
+    named = f"found: the process group broke, because rank {stopped} did not respond for 8 s"
+    assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
+
+
+def arrive_late(seconds: int) -> list[int]:
+    """Keep the others waiting outside the call: in Python, and in a call of C code that blocks the interpreter."""
+    group = long_group()
+    on_all_ranks(dist.get_rank, group)
+    if dist.get_rank() == 1:
+        time.sleep(seconds)
+        ctypes.PyDLL(None).sleep(seconds)
+    return on_all_ranks(dist.get_rank, group)
+
+
+def test_rank_that_is_late_is_not_lost(ranks: RankPool) -> None:
+    assert ranks.run(3, arrive_late, 14) == [[0, 1, 2]] * 3
+
+
+def test_a_rank_is_pinged_less_and_less_often_while_it_is_absent() -> None:
+    absence, pinged = _Absence(), list[int]()
+    absence.answer = torch.ones(1)  # the first ping
+    for beat in range(2000):
+        absence.listen()
+        if absence.is_due():
+            absence.ping(torch.ones(1))
+            pinged.append(beat)
+        assert not absence.is_lost()
+    assert len(pinged) == 5
+    for _ in range(1000):
+        absence.begin_call()
+        for _ in range(5):
+            absence.listen()
+            if absence.is_due():
+                absence.ping(torch.ones(1))
+                pinged.append(0)
+    assert len(pinged) == MAX_ABSENT_PINGS, "the others stay for ranks that are in a call"
+    assert not absence.is_lost()
+
+
+def test_a_rank_that_has_never_answered_is_not_accused() -> None:
+    absence = _Absence()
+    absence.answer = torch.zeros(1)
+    for _ in range(1000):
+        absence.listen()
+        assert not absence.is_due()
+        assert not absence.is_lost()
 
 
 def keep_the_interpreter_busy(seconds: int, calls_before: int) -> list[int]:
