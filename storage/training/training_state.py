@@ -6,7 +6,7 @@ import contextlib
 import copyreg
 import inspect
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,10 +106,24 @@ class _ModelState:
     model: nn.Module
 
     def state_dict(self) -> dict[str, Any]:
+        if self._has_no_tensors() and not self.model.state_dict():
+            return OrderedDict()  # as modules do. torch raises an error, such as for a pipeline stage of activations
         return get_model_state_dict(self.model)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, state_dict)
+        if state_dict or not self._has_no_tensors():
+            set_model_state_dict(self.model, state_dict)
+
+    def _has_no_tensors(self) -> bool:
+        """Return whether the state dict of the model has no parameters and buffers."""
+        modules = list(self.model.modules())
+        return not any(
+            parameter is not None for module in modules for parameter in module._parameters.values()
+        ) and all(
+            buffer is None or name in module._non_persistent_buffers_set
+            for module in modules
+            for name, buffer in module._buffers.items()
+        )
 
 
 class _OptimizerState:
@@ -278,6 +292,7 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
     if getattr(step, "hooked", False):  # torch wraps the method of the class in one that calls the hooks
         step = step.__wrapped__
     optimizers = _with_inner(optimizer)
+    zeros = _sparse_zeros if isinstance(optimizer, torch.optim.SparseAdam) else torch.zeros_like
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_gradients(optimizers))
         for one in optimizers:
@@ -287,7 +302,7 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
         if not step.__module__.startswith("torch.optim."):
             stack.enter_context(_unchanged(optimizers, parameters))
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = zeros(parameter)
         try:
             step(optimizer)
         except Exception as error:
@@ -300,6 +315,10 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
     for parameter in parameters:
         if isinstance(step := optimizer.state.get(parameter, {}).get("step"), torch.Tensor):
             step.zero_()
+
+
+def _sparse_zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter, layout=torch.sparse_coo)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -1226,3 +1226,41 @@ def test_a_state_dict_that_contains_itself_and_an_object_is_refused(tmp_path: Pa
     around["self"] = around
     with pytest.raises(UnsupportedValueError, match="more than 100 dicts and lists are nested"):
         reshard.load({"x": around}, tmp_path)
+
+
+def test_a_model_without_parameters_has_an_empty_state(tmp_path: Path) -> None:
+    stage = nn.Sequential(nn.ReLU(), nn.Dropout())
+    stage.register_buffer("mask", torch.ones(2), persistent=False)
+    reshard.save(reshard.training_state(stage, step=3), tmp_path / "stage")
+    state = reshard.training_state(stage, step=0)
+    reshard.load(state, tmp_path / "stage")
+    assert state["step"] == 3
+    reshard.save(reshard.training_state(net(), step=4), tmp_path / "whole")
+    report = reshard.load(state, tmp_path / "whole")  # it does not receive the parameters of other stages
+    assert state["step"] == 4
+    assert report.unexpected_keys == ("model.0.bias", "model.0.weight", "model.2.bias", "model.2.weight")
+
+
+def test_sparse_adam_continues(tmp_path: Path) -> None:
+    def parts() -> tuple[nn.Embedding, torch.optim.SparseAdam]:
+        torch.manual_seed(0)
+        model = nn.Embedding(10, 4, sparse=True)
+        return model, torch.optim.SparseAdam(model.parameters(), lr=0.1)
+
+    def train(model: nn.Embedding, optimizer: torch.optim.SparseAdam, first: int) -> torch.Tensor:
+        for step in range(first, first + 3):
+            model(torch.tensor([step % 10, 2])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.weight.detach().clone()
+
+    model, optimizer = parts()
+    reshard.save(reshard.training_state(model, optimizer), tmp_path / "new")
+    train(model, optimizer, 0)
+    reshard.save(reshard.training_state(model, optimizer), tmp_path / "trained")
+    expected = train(model, optimizer, 3)
+    for name, first in (("new", 0), ("trained", 3)):
+        resumed = parts()
+        reshard.load(reshard.training_state(*resumed), tmp_path / name)
+        found = train(*resumed, first)
+    assert found.equal(expected)
