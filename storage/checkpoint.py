@@ -539,9 +539,9 @@ class Checkpoint:
     def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[DamagedChunk]:
         """Read the whole checkpoint and return the chunks that are damaged or missing.
 
-        Other formats have no checksums of chunks. Shards of DCP are compared with the CRC-32s of their zip records,
-        which torch writes unless `torch.serialization.set_crc32_options` turns them off. Of safetensors and torch.save
-        files, only the sizes are checked.
+        Other formats have no checksums of chunks. Shards of DCP and torch.save files are compared with the CRC-32s of
+        their zip records, which torch writes unless `torch.serialization.set_crc32_options` turns them off. Of
+        safetensors files, only the sizes are checked.
 
         Names in `damaged` are in the result too. Other names in `unreadable` are only checked in a native checkpoint.
 
@@ -558,7 +558,8 @@ class Checkpoint:
             for name, found in self._source.unreadable.items()
             if found.is_damage
         ]
-        return missing + verify(self._source.store, self._source.index(), quick=quick, progress=progress)
+        source = self._source
+        return missing + verify(source.store, source.index(), quick=quick, records=source.records, progress=progress)
 
     def __repr__(self) -> str:
         if self._opened is None:

@@ -44,7 +44,7 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
     what = "match their checksums"
     if quick:
         what = "exist, according to the sizes of the objects"
-    elif checkpoint.format == "dcp":
+    elif checkpoint.format in ("dcp", "torch"):
         what = "exist, and match their CRC-32s if they have any"
     elif checkpoint.format != "reshard":
         what = "exist; this format has no checksums to compare"

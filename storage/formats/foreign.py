@@ -25,7 +25,7 @@ from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from ..tensors.state_dict import Path
 from .metadata_reader import MetadataReader, Speed
-from .source import Unreadable, bounded
+from .source import RecordWithCrc, Unreadable, bounded
 from .value_codec import encode_value
 
 FINGERPRINT_OBJECTS = 4
@@ -100,6 +100,7 @@ class ForeignSource:
         """The bytes of values that were read with the metadata. An index does not contain them."""
         self.unreadable: dict[str, Unreadable] = {}
         self.unindexed: tuple[str, ...] = ()
+        self.records: list[RecordWithCrc] = []
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
         self._lock = fork_safe_lock()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,20 @@ class Unreadable:
     def error(self) -> CheckpointError:
         """Return the error to raise."""
         return self.kind(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordWithCrc:
+    """A byte range of an object that has a CRC-32."""
+
+    name: str
+    object: str
+    start: int
+    stop: int
+    """The byte range [start, stop) of the object."""
+    crc: int
+    entries: tuple[str, ...]
+    """The tensors and values that are stored in it."""
 
 
 def check_readable(source: Source, is_wanted: Callable[[str], bool]) -> None:
@@ -115,6 +129,10 @@ class Source(Protocol):
     @property
     def inline(self) -> Mapping[str, bytes]:
         """The bytes of the values that have already been read. An index does not contain them."""
+
+    @property
+    def records(self) -> Sequence[RecordWithCrc]:
+        """The byte ranges with a CRC-32, if the format has them for parts of its objects."""
 
     @property
     def info(self) -> Mapping[str, Any]:

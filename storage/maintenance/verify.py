@@ -1,13 +1,15 @@
 """Verifies the bytes of a checkpoint against their checksums, without decoding them.
 
-Other formats have no checksums of chunks. The shards of DCP are compared with the CRC-32s of their zip records. Of all
-others, only the sizes are checked.
+Other formats have no checksums of chunks. The shards of DCP, and the files of torch.save, are compared with the CRC-32s
+of their zip records. Of all others, only the sizes are checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from ...planner.entries import Encoding, Kind, Stream, are_native
 from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
+from ..formats.source import RecordWithCrc
 from ..formats.torch_save.safe_load import damage_of
 from ..reading.request_checksums import damaged_chunks
 from ..reading.tasks import CHECKSUM_MISMATCH, ChunkBatch, ChunkRange, Request, build_tasks
@@ -30,6 +33,9 @@ from ..stores.local import SpecialFileError
 from ..stores.retry import read_whole
 
 logger = logger_of(__name__)
+
+MAX_READ_BYTES = 16 * 1024 * 1024
+"""A record is read in parts of this size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ def verify(
     *,
     quick: bool = False,
     only: Collection[str] | None = None,
+    records: Sequence[RecordWithCrc] = (),
     progress: OnProgress = False,
 ) -> list[DamagedChunk]:
     """Read all chunks of a checkpoint, and return those that are damaged or missing.
@@ -67,6 +74,7 @@ def verify(
     Args:
         quick: Check only the sizes of the objects.
         only: The objects whose chunks are read. Default: all.
+        records: The byte ranges to compare with their CRC-32s, instead of the chunks.
         progress: True for a progress bar, or a function that is called with a `Progress`.
 
     Raises:
@@ -78,28 +86,57 @@ def verify(
     if only is not None:
         requests = [request for request in requests if index.objects[request.object][0] in only]
 
+    by_size = quick or bool(records)
+
     def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]
-        damaged = _beyond_end(index, request, sizes[name]) if quick else _damaged(store, index, name, request)
+        damaged = _beyond_end(index, request, sizes[name]) if by_size else _damaged(store, index, name, request)
         return [
             DamagedChunk(chunk.tensor.name, chunk.box, name, chunk.start, chunk.stop, reason)
             for chunk, reason in damaged
         ]
 
-    largest = max((request.nbytes for request in requests), default=1)
+    records = () if quick else records
+    largest = max((request.nbytes for request in requests), default=MAX_READ_BYTES)
     concurrent = max(1, min(store.capabilities.concurrent_reads, default_budget() // largest))
     meter = Meter("verify", progress, location=store.location, rank=rank_of(None))
-    meter.expect(sum(request.nbytes for request in requests))
+    meter.expect(sum(read.stop - read.start for read in records or requests))
     found: list[DamagedChunk] = []
     with meter, Pool(concurrent, "reshard-verify") as pool:
-        names = [name for name, _ in index.objects] if quick else []
+        names = [name for name, _ in index.objects] if by_size else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
         for request, chunks in zip(requests, pool.map(check, requests), strict=True):
             found += chunks
-            meter.add(request.nbytes)
+            meter.add(0 if records else request.nbytes)
+            meter.tick()
+        complete = [record for record in records if not any(chunk.object == record.object for chunk in found)]
+        for record, is_damaged in zip(complete, pool.map(partial(_is_damaged, store), complete), strict=True):
+            found += _in_record(record, index) if is_damaged else []
+            meter.add(record.stop - record.start)
             meter.tick()
     logger.info("verified %s: %d chunks are damaged or missing", store.location, len(found))
     return found
+
+
+def _is_damaged(store: Store, record: RecordWithCrc) -> bool:
+    """Return whether a record does not match its CRC-32."""
+
+    def crc() -> int:
+        found = 0
+        for start in range(record.start, record.stop, MAX_READ_BYTES):
+            stop = min(start + MAX_READ_BYTES, record.stop)
+            found = zlib.crc32(read_whole(store, record.object, start, stop), found)
+        return found
+
+    return crc() != record.crc and crc() != record.crc  # perhaps only in transit
+
+
+def _in_record(record: RecordWithCrc, index: CheckpointIndex) -> Iterator[DamagedChunk]:
+    """Yield a DamagedChunk for each tensor and value in a record."""
+    reason = f"its record {record.name!r} does not match its CRC-32"
+    boxes = {entry.name: entry.whole for entry in index.entries}
+    for name in record.entries:
+        yield DamagedChunk(name, boxes.get(name, Box((), ())), record.object, record.start, record.stop, reason)
 
 
 def _boxes_in(index: CheckpointIndex, objects: Collection[str]) -> Iterator[WantedBox]:

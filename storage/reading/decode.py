@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...planner.chunk_reads import ChunkReads
 from ...planner.entries import Encoding
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, UnsupportedFormatError
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.safe_load import decode_opaque
 from .blocks import Block
@@ -42,6 +42,8 @@ def place_chunk_batch(batch: ChunkBatch, make_error: MakeError) -> None:
             _place(batch, block, streams)
         except CorruptCheckpointError as error:
             raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, make_error) from error
+        except UnsupportedFormatError as error:
+            raise UnsupportedFormatError(f"{batch.tensor.name!r} cannot be read: {error}") from error
 
 
 def damaged_chunk(

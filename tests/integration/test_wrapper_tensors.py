@@ -420,3 +420,15 @@ def test_parameters_that_are_gathered_in_float8_are_stored_as_they_are(ranks: Ra
 def test_storage_writer_refuses_tensors_of_several_parts() -> None:
     with pytest.raises(CheckpointException, match=r"'w' cannot be stored: its class .*TwoTensor"):
         dcp.save({"w": TwoTensor(torch.ones(2), torch.ones(2))}, storage_writer=reshard.StorageWriter(MemoryStore()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_dcp_with_tensors_of_several_parts_is_not_reported_as_damaged(tmp_path: Path) -> None:
+    dcp.save({"w": TwoTensor(torch.ones(2), torch.zeros(2)), "x": torch.ones(3)}, checkpoint_id=tmp_path)
+    with torch.serialization.safe_globals([TwoTensor]):
+        for read in (lambda: reshard.open(tmp_path).read("w"), lambda: reshard.load({"w": torch.zeros(2)}, tmp_path)):
+            with pytest.raises(
+                errors.UnsupportedFormatError, match=r"'w' cannot be read: .* got a TwoTensor, .*dcp\.load"
+            ):
+                read()
+        assert reshard.open(tmp_path).read("x").equal(torch.ones(3))

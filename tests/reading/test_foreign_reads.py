@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import reshard
 from reshard.planner.box import Box
 from reshard.planner.request_costs import LOCAL_COSTS, REMOTE_COSTS
 from reshard.storage.formats.metadata_reader import MetadataReader
+from reshard.storage.maintenance import verify
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.testing import RecordingStore
@@ -114,3 +116,56 @@ def test_load_rank_casts_to_another_float_dtype(dtype: torch.dtype) -> None:
     tensors = reshard.open(store).load_rank(reshard.Layout(2, {"w": "colwise"}), 1, dtype=dtype)
     assert tensors["w"].equal(weights[128:].to(dtype))
     assert tensors["ids"].dtype == torch.int64
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def records_of(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where the content of each record of a zip begins, and its size."""
+    found = {}
+    with zipfile.ZipFile(path) as file:
+        for record in file.infolist():
+            with file.open(record) as opened:
+                found[record.filename.partition("/")[2]] = opened._orig_compress_start, record.file_size  # type: ignore[attr-defined]
+    return found
+
+
+def test_verify_checks_crc32_of_torch_save_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "MAX_READ_BYTES", 1000)
+    path, tied = tmp_path / "w.pt", torch.randn(512)
+    torch.save({"a": torch.randn(3, 700), "tied": tied, "part": tied[5:], "step": 7}, path)
+    assert reshard.open(path).verify() == []
+    begin, nbytes = records_of(path)["data/1"]
+    flip(path, begin + nbytes - 1)
+    damaged = reshard.open(path).verify()
+    assert [(chunk.tensor, chunk.start, chunk.stop) for chunk in damaged] == [
+        ("tied", begin, begin + nbytes),
+        ("part", begin, begin + nbytes),
+    ]
+    assert damaged[1].box == Box.whole((507,))
+    assert all("'w/data/1' does not match its CRC-32" in chunk.reason for chunk in damaged)
+    assert reshard.open(path).verify(quick=True) == []
+    flip(path, begin + nbytes - 1)
+    content = path.read_bytes()
+    flip(path, content.index(b"K\x07", content.index(b"step")) + 1)  # the value of "step" in the pickle
+    assert reshard.open(path).read_value("step") == 6
+    assert {chunk.tensor for chunk in reshard.open(path).verify()} == {"a", "tied", "part", "step"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_verify_accepts_files_without_crc32(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": WEIGHTS}, tmp_path / "w.pt")
+        dcp.save({"w": WEIGHTS}, checkpoint_id=tmp_path / "dcp")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert reshard.open(tmp_path / "w.pt").verify() == []
+    assert reshard.open(tmp_path / "dcp").verify() == []
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:-1000])
+    with pytest.raises(reshard.errors.CorruptCheckpointError):
+        reshard.open(tmp_path / "w.pt")

@@ -32,7 +32,7 @@ from ...stores.base import Store
 from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json
 from ..metadata_reader import MALFORMED_ERRORS, Speed
-from ..source import Unreadable, bounded
+from ..source import RecordWithCrc, Unreadable, bounded
 from ..user_metadata import read_metadata
 from .manifest import DATA_NAME, WHOLE_CHECKSUMS_SINCE, ManifestBytes, contradiction, read_header
 from .manifest_blocks import BlockTable, decode_blocks
@@ -52,6 +52,7 @@ class NativeSource:
 
     format = "reshard"
     inline: Mapping[str, bytes] = MappingProxyType({})
+    records: Sequence[RecordWithCrc] = ()
     unindexed: tuple[str, ...] = ()
 
     def __init__(self, manifest: ManifestBytes) -> None:

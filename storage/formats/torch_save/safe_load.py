@@ -17,7 +17,7 @@ import torch
 import zstandard
 
 from ....planner.entries import ITEMSIZES
-from ...errors import CorruptCheckpointError
+from ...errors import CorruptCheckpointError, UnsupportedFormatError
 from ...runtime.brief import reason
 from ...tensors.casts import loses_bits
 from ...tensors.dtypes import as_array, as_bytes, torch_dtype
@@ -49,6 +49,7 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
 
     Raises:
         CorruptCheckpointError: the data contains something else, or cannot be read.
+        UnsupportedFormatError: it is a tensor that only its own class can read.
     """
     begin = locate_values(bytes(data[:MAX_PREAMBLE_BYTES]), len(data), dtype, shape)
     if begin is not None:  # no copy is needed
@@ -70,8 +71,9 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     if overrides_dispatch(tensor):
         values = only_values(tensor)
         if values is None:
-            raise CorruptCheckpointError(
-                f"expected {expected}, got a {type(tensor).__name__}, which keeps the values in its own form"
+            raise UnsupportedFormatError(
+                f"expected {expected}, got a {type(tensor).__name__}, which keeps the values in its own form: load it "
+                "with dcp.load into the same kind of tensor, and save it with reshard.save"
             )
         tensor = values
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
@@ -150,7 +152,8 @@ def _by_key(records: list[tuple[ZipRecord, memoryview]]) -> dict[str, memoryview
 def damage_of(data: memoryview) -> str:
     """Return why a torch.save file is damaged, by the CRC-32s of its records. Empty if no damage is found.
 
-    A zstd stream is not checked: it has a checksum only if its writer enabled that.
+    A zstd stream is not checked: it has a checksum only if its writer enabled that. Nor is a file without CRC-32s: all
+    of them are 0 after `torch.serialization.set_crc32_options(False)`.
     """
     if data[:4] == ZSTD_MAGIC:
         return ""
@@ -158,6 +161,8 @@ def damage_of(data: memoryview) -> str:
         records = contents(data)
     except NotATorchZipError as error:
         return f"it is not a torch.save file: {error}"
+    if not any(record.crc for record, _ in records):
+        return ""
     damaged = next((record.name for record, content in records if zlib.crc32(content) != record.crc), None)
     return f"its record {damaged!r} does not match its CRC-32" if damaged else ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from ...tensors.state_dict import NameLimit, Path, flatten
 from ..foreign import whole_tensor
 from ..hf_index import FilesSource, TensorsByName, WeightMap, duplicate_tensor_error, select_by_index
 from ..metadata_reader import MetadataReader
+from ..source import RecordWithCrc
 from ..tree_size import is_repetitive
 from .pickle_scan import MAX_PICKLE_BYTES, check_pickle
 from .zip_layout import is_row_major
@@ -89,6 +90,7 @@ class TorchSaveSource(FilesSource):
         files = reader.many(lambda at: _File(reader, at, *self.objects[at], limit), range(len(self.objects)))
         found: TensorsByName[_Value] = {}
         for file in files:
+            self.records += file.records
             for name, value in file.values.items():
                 found.setdefault(name, []).append((file.at, value))
         for name, parts in (found if weight_map is None else select_by_index(self, found, weight_map)).items():
@@ -150,6 +152,8 @@ class _File:
         self._nbytes = nbytes
         self._where = f"the torch.save file {name!r} in {reader.store.location}"
         self.values: dict[str, _Value] = {}
+        self.records: list[RecordWithCrc] = []
+        """The records with the values, unless the file was written without CRC-32s."""
         self._tail_start = max(0, nbytes - max(TAIL_BYTES, END_BYTES))
         self._tail = reader.whole(name, self._tail_start, max(nbytes, 1))
         try:
@@ -159,7 +163,9 @@ class _File:
             raise self._not_a_zip(error) from error
         if "data.pkl" not in records:
             raise CorruptCheckpointError(f"{self._where} is a zip without data.pkl: torch.save did not write it")
-        pickled, order = self._read_contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
+        read = [records[key] for key in ("data.pkl", "byteorder") if key in records]
+        begins = self._begins(read)
+        pickled, order = self._read_contents(read, begins)
         if order not in (b"", b"little"):
             raise UnsupportedFormatError(f"{self._where} has values of byte order {order!r}")
         storages: dict[str, Any] = {}
@@ -168,11 +174,19 @@ class _File:
             raise self._has_no_names("it contains itself, or the same dicts and lists many times")
         limit.add(MAX_NAME_CHARS_PER_BYTE * len(pickled))
         try:
-            self._add_all(state, storages, records, limit)
+            of_storages = self._add_all(state, storages, records, limit)
         except CheckpointError:
             raise
         except Exception as error:  # attributes of unexpected types can raise anything
             raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
+        if any(record.crc for record in directory):
+            self._add_record(records["data.pkl"], begins[0], self.values)
+            for key, (begin, names) in of_storages.items():
+                self._add_record(records[f"data/{key}"], begin, names)
+
+    def _add_record(self, record: ZipRecord, begin: int, names: Iterable[str]) -> None:
+        stop = begin + record.nbytes
+        self.records.append(RecordWithCrc(record.name, self._name, begin, stop, record.crc, tuple(names)))
 
     def _has_no_names(self, why: str) -> UnsupportedFormatError:
         return UnsupportedFormatError(
@@ -217,13 +231,13 @@ class _File:
 
         return self._reader.many(begin, records)
 
-    def _read_contents(self, records: list[ZipRecord]) -> tuple[bytes, bytes]:
+    def _read_contents(self, records: list[ZipRecord], begins: list[int]) -> tuple[bytes, bytes]:
         for record, most in zip(records, (MAX_PICKLE_BYTES, MAX_BYTEORDER_BYTES), strict=False):
             if not 0 < record.nbytes <= most:
                 raise CorruptCheckpointError(
                     f"{self._where} has a record {record.name!r} of {record.nbytes} bytes; it should have 1 to {most}"
                 )
-        pairs = zip(records, self._begins(records), strict=True)
+        pairs = zip(records, begins, strict=True)
         first, *rest = [self._reader.exactly(self._name, at, at + record.nbytes) for record, at in pairs]
         return first, rest[0].strip() if rest else b""
 
@@ -273,7 +287,10 @@ class _File:
                 ) from error
             raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
 
-    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, ZipRecord], limit: NameLimit) -> None:
+    def _add_all(
+        self, state: Any, storages: dict[str, Any], records: dict[str, ZipRecord], limit: NameLimit
+    ) -> dict[str, tuple[int, list[str]]]:
+        """Add all values. Return where each storage begins, and the names of the tensors in it, by its key."""
         if not isinstance(state, dict):
             state = {"value": state}
         keys = {untyped._cdata: key for key, (untyped, _) in storages.items()}
@@ -281,16 +298,20 @@ class _File:
         used = [key for key, nbytes in sizes.items() if storages[key][0].nbytes() == nbytes]
         begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
         ends = {key: begins[key] + sizes[key] for key in used}
+        of_storages: dict[str, tuple[int, list[str]]] = {key: (begins[key], []) for key in used}
         try:
             for name, leaf in flatten(state, limit).items():
                 if isinstance(leaf.value, torch.Tensor):
-                    self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
+                    key = self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
+                    if key in of_storages:
+                        of_storages[key][1].append(name)
                 elif _has_values(leaf.value):
                     self._refuse(name, leaf.path, "as tensors inside a value that is neither a dict nor a list")
                 else:
                     self.values[name] = _Value(leaf.path, leaf.value)
         except (RecursionError, DestinationError, UnsupportedValueError) as error:
             raise self._has_no_names(text_of(error)) from error
+        return of_storages
 
     def _refuse(self, name: str, path: Path, why: str) -> None:
         """Note that a value cannot be read by byte ranges."""
@@ -308,13 +329,14 @@ class _File:
         keys: dict[int, str],
         begins: dict[str, int],
         ends: dict[str, int],
-    ) -> None:
+    ) -> str | None:
+        """Add a tensor. Return the key of its storage, if it can be read."""
         if isinstance(tensor, _NeedsValues):
             self._refuse(name, path, "as a tensor of a kind that only torch.load can read (quantized, nested)")
-            return
+            return None
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             self._refuse(name, path, f"as a {type(tensor).__name__} of layout {tensor.layout}")
-            return
+            return None
         tensor = torch.Tensor.detach(tensor)  # drops attributes from the file, which could hide methods
         try:
             dtype = dtype_name(name, tensor.dtype)
@@ -324,7 +346,7 @@ class _File:
                 "torch.load. The other tensors can be read"
             )
             self.values[name] = _Value(path, refused=(DtypeError, reason))
-            return
+            return None
         shape, key, order = tuple(tensor.shape), keys.get(tensor.untyped_storage()._cdata), _order_of(tensor)
         if tensor.is_conj() or tensor.is_neg():
             self._refuse(name, path, "as the conjugate or the negative of what is stored")
@@ -338,6 +360,8 @@ class _File:
                 raise CorruptCheckpointError(f"{self._where} does not have the values of {name!r}")
             stored = _Stored(dtype, shape, start, order or tuple(range(len(shape))))
             self.values[name] = _Value(path, stored)
+            return key
+        return None
 
 
 def _forget_sparse() -> None:
