@@ -32,6 +32,7 @@ from .reading.scale_layouts import check_scale_layouts
 from .reading.shared_read import check_cooperative, may_share
 from .reading.value_buffers import ValueBuffer, check_values, decode_all, whole_wants
 from .runtime.arguments import check_nbytes, check_progress
+from .runtime.brief import reason
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import check_member, check_process_group, rank_of
@@ -227,6 +228,7 @@ class Checkpoint:
 
         Raises:
             MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the arguments do not fit the tensor.
+            ArgumentError: an argument is not valid, such as a device that this machine does not have.
             DtypeError, UnsupportedFormatError, CorruptCheckpointError: the name is in `unreadable`.
             CorruptCheckpointError, StoreError: the bytes cannot be read. `out` is unchanged, unless the message says
                 otherwise.
@@ -234,6 +236,7 @@ class Checkpoint:
         check_is_tensor(self._source, name)
         _check_box(box)
         check_dtype(dtype)
+        _check_device(device)
         if out is not None and (reason := missing_memory(out)):
             raise DestinationError(f"{name!r}: out {reason}")
         entry = self._source.entry(name)
@@ -410,6 +413,7 @@ class Checkpoint:
         """
         selection, may_miss = Selection.of(include, exclude, rename), patterns_of("allow_missing", allow_missing)
         check_dtype(dtype)
+        _check_device(device)
         check_progress(progress)
         _check_layout(layout)
 
@@ -481,6 +485,7 @@ class Checkpoint:
         held = [entry for entry in entries if entry.is_tensor]
         wants = [WantedBox(entry.name, entry.whole) for entry in held]
         check_nbytes(budget_bytes=budget_bytes)
+        _check_device(device)
         check_progress(progress)
         check_values(self._source, value_names, budget_bytes)
         # Reads and checks all metadata before tensors of these sizes are allocated.
@@ -618,6 +623,14 @@ def warn_of_layout(layout: Layout, names: Iterable[str], location: str) -> None:
             'the mesh has the dimension "pp", but the layout has no stages, so every rank holds the tensors of all '
             "stages: pass stages=, for example from reshard.layout.even_stages"
         )
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """Raise ArgumentError if there is no such device."""
+    try:
+        torch.empty(0, device=device or "cpu")
+    except Exception as error:  # a torch without CUDA raises AssertionError
+        raise ArgumentError(f"device={str(device)!r} cannot be used: {reason(error)}") from error
 
 
 def _check_box(box: object) -> None:

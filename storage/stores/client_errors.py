@@ -104,9 +104,11 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
             return missing
         return ObjectNotFoundError(f"{location} has no object {name!r}")
     kind = type(error).__name__
-    reason = f"{kind}: {_message(error)}"
-    if isinstance(error, NotImplementedError):
-        reason = "its filesystem does not support that"
+    text = str(error)
+    is_unsupported = (
+        isinstance(error, NotImplementedError) or "unexpected keyword argument 'mode'" in text
+    )  # such as zip
+    reason = "its filesystem does not support that" if is_unsupported else f"{kind}: {_message(error)}"
     is_denied = isinstance(error, PermissionError) or "Credential" in kind or kind in _ACCESS_DENIED_CLASSES
     if is_denied or not _ACCESS_DENIED_CODES.isdisjoint((_code(error), _status(error))):
         return AccessDeniedError(
@@ -118,11 +120,11 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
     exists = isinstance(error, FileExistsError) or kind == "AlreadyExistsError"  # the latter is obstore's
     if doing == "write" and (exists or _code(error) in _CONDITION_FAILED):
         return CheckpointExistsError(f"{name!r} exists in {location}")
-    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text and not is_unsupported:
         reason = f"storage_options has an option that the client does not know: {error}"
     if _code(error) in _NO_BUCKET:
         reason = "there is no such bucket"
-    if "Received redirect without LOCATION" in str(error):
+    if "Received redirect without LOCATION" in text:
         reason = f"the bucket is in another region; set AWS_DEFAULT_REGION, or region_name in client_kwargs ({reason})"
     if _is_transient(error):
         return UnavailableError(f"cannot {doing} {where} now: {reason}")

@@ -87,6 +87,20 @@ def test_invalid_calls_raise(saved: tuple[RecordingStore, dict[str, torch.Tensor
         checkpoint.plan(Layout(2, {"norm": Shard(1)}))
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_does_not_exist_is_refused(device: str) -> None:
+    store = MemoryStore()
+    reshard.save({"w": torch.ones(2)}, store)
+    checkpoint = reshard.open(store)
+    for read in (
+        lambda: checkpoint.read("w", device=device),
+        lambda: checkpoint.load_rank(Layout(1), 0, device=device),
+        lambda: checkpoint.state_dict(device=device),
+    ):
+        with pytest.raises(errors.ArgumentError, match=f"device='{device}' cannot be used"):
+            read()
+
+
 def test_plan_reads_no_data_and_load_rank_follows_the_plan(
     saved: tuple[RecordingStore, dict[str, torch.Tensor]],
 ) -> None:
