@@ -5,13 +5,15 @@ All collectives of a load, in their order:
 1. The ranks open the checkpoint, and compare their state dicts with it, if each of them can do so by itself.
 2. With Stateful values, on an object store: the ranks open the checkpoint with what rank 0 has read. Their
    `state_dict()` may be collective, so it is called when all ranks have opened the checkpoint.
-3. With Stateful values, or on an object store: the ranks compare their state dicts, unless they need blocks of a large
+3. With Stateful values: the ranks exchange the names that the states lack. If there are some, they also exchange which
+   of them they have.
+4. With Stateful values, or on an object store: the ranks compare their state dicts, unless they need blocks of a large
    manifest for it. Rank 0 reads these blocks, and sends them.
-4. If they need such blocks: the ranks compare their state dicts.
-5. If ranks with different needs may share the read: they exchange what they need.
-6. The ranks read. They exchange errors and reports.
-7. If ranks lack different names of the checkpoint: they find the names that no rank has.
-8. With Stateful values: `load_state_dict()` of each, which may be collective too.
+5. If they need such blocks: the ranks compare their state dicts.
+6. If ranks with different needs may share the read: they exchange what they need.
+7. The ranks read. They exchange errors and reports.
+8. If ranks lack different names of the checkpoint: they find the names that no rank has.
+9. With Stateful values: `load_state_dict()` of each, which may be collective too.
 
 Nothing is changed before all ranks have compared their state dicts.
 """
@@ -30,7 +32,9 @@ from torch.profiler import record_function
 from ..planner.text import quoted
 from .errors import ArgumentError
 from .formats.source import bounded
+from .reading.grown_states import GrownStates
 from .reading.load_options import LoadOptions
+from .reading.name_matching import NameMatch
 from .reading.opening import (
     BegunOpening,
     ManifestBlocks,
@@ -64,6 +68,7 @@ from .tensors.state_dict import (
     check_mapping,
     find_stateful,
     has_stateful,
+    owns_its_state,
     separate_scalars,
     state_to_stateful,
     stateful_to_state,
@@ -103,7 +108,9 @@ def load(
 
     Args:
         state_dict: the destination: tensors, DTensors, ShardedTensors and values, in nested dicts and lists. Stateful
-            values receive their loaded state.
+            values receive their loaded state. Dicts and lists in the state of an object that holds no module and no
+            optimizer also receive saved items that they lack and no other rank has; so do those in the extra state of
+            a module.
         uri: a path, a URI that fsspec can open, or a Store.
         strict: whether every name of the state dict must be in the checkpoint, and optimizers in it must have a state
             if the checkpoint has one for them. If False, such names are skipped and listed in the report.
@@ -236,7 +243,8 @@ class _Load:
         )
         self._begin = self._prepared = time.perf_counter()
         self._states: Mapping[str, Any] = {}
-        self._matched: StateDictLoad | None = None
+        self._match: NameMatch | None = None
+        self._checked: StateDictLoad | None = None
 
     def prepare(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> list[Offer | None]:
         """Open the checkpoint, and compare it with the state dict. Nothing is changed. Collective.
@@ -258,6 +266,8 @@ class _Load:
                 return [rank.offer for rank in ranks]
         elif any_stateful:
             on_all_ranks(lambda: self._finish_opening(begun), self._group)
+        if any_stateful:
+            self._complete_states(begun)
         return self._compare_together(begun)
 
     def _open(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> _Opened:
@@ -269,7 +279,22 @@ class _Load:
         if not begun.opened_alone or is_stateful:
             return _Opened(begun, is_stateful, None)
         self._match_names()
+        self._check()
         return _Opened(begun, is_stateful, self._compare())
+
+    def _complete_states(self, begun: Sequence[BegunOpening]) -> None:
+        """Let the states of Stateful values receive what they lack, unless another rank has it. Collective."""
+
+        def lacking() -> tuple[str, ...]:
+            self._finish_opening(begun)
+            if self._match is None:
+                self._match_names()
+            return self._grown.names
+
+        wanted = {name for names in on_all_ranks(lacking, self._group) for name in names}
+        if wanted:  # such as random states, if each rank has one of its own name
+            held = on_all_ranks(lambda: wanted & self._names.leaves.keys(), self._group)
+            self._grown.add(wanted.difference(*held))
 
     def _compare_together(self, begun: Sequence[BegunOpening]) -> list[Offer | None]:
         """Open the checkpoint with what rank 0 has read, and compare it with the state dict. Collective."""
@@ -277,8 +302,10 @@ class _Load:
         def compare() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
             """Return what this rank opened, and the manifest blocks that it needs or, if it needs none, its offer."""
             self._finish_opening(begun)
-            if self._matched is None:  # a rank without Stateful values may have compared its state dict already
+            if self._match is None:
                 self._match_names()
+            if self._checked is None:  # a rank without Stateful values may have compared its state dict already
+                self._check()
             blocks = manifest_blocks_to_read(self._opening.source, self._loading.needs)
             return self._opening.opened, blocks, None if blocks else self._compare()
 
@@ -300,16 +327,27 @@ class _Load:
             self._opening.finish(begun)
 
     @property
+    def _names(self) -> NameMatch:
+        assert self._match is not None
+        return self._match
+
+    @property
     def _loading(self) -> StateDictLoad:
-        assert self._matched is not None
-        return self._matched
+        assert self._checked is not None
+        return self._checked
 
     def _match_names(self) -> None:
         """Match the names of the state dict with those of the checkpoint."""
-        stateful = [name for name, _ in find_stateful(self._state_dict)]
+        stateful = {name: owns_its_state(value) for name, value in find_stateful(self._state_dict)}
         self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
         with without_collections():
-            self._matched = StateDictLoad(self._opening.source, self._states, self._load_options, stateful)
+            self._match = NameMatch(self._opening.source, self._states, self._load_options)
+            self._grown = GrownStates(self._match, self._states, stateful)
+
+    def _check(self) -> None:
+        """Check that everything fits the checkpoint."""
+        with without_collections():
+            self._checked = StateDictLoad(self._names, self._load_options)
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""

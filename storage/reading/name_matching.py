@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,12 +35,10 @@ class NameMatch:
     """Where each leaf of a state dict is in a checkpoint.
 
     A leaf may have an entry of the same name. It may be inside a value of the checkpoint (DCP and torch.save store
-    whole dicts as values). Or it may be a dict or list whose items are entries of the checkpoint. An empty dict in the
-    state of a Stateful value is such a leaf, because the state of a new object may have no items yet.
+    whole dicts as values). Or it may be a dict or list whose items are entries of the checkpoint.
 
     Args:
         states: the state dict, with the states of Stateful values.
-        stateful: the names of the Stateful values.
 
     Raises:
         DestinationError: a leaf is a tensor here and not in the checkpoint, or the reverse.
@@ -49,15 +46,11 @@ class NameMatch:
         CorruptCheckpointError, StoreError: such a value cannot be read.
     """
 
-    def __init__(
-        self, source: Source, states: Mapping[str, Any], options: LoadOptions, stateful: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, source: Source, states: Mapping[str, Any], options: LoadOptions) -> None:
         self.source = source
         self._options = options
         self.report = RankReport(0)
         """What was read to match names."""
-        self._stateful = frozenset(stateful)
-        self._in_stateful = tuple(f"{name}." for name in stateful)
         self._sections = tuple(f"{key}." for key, state in states.items() if isinstance(state, (Mapping, list)))
         """The keys of the state dict that contain other names."""
         names = [*(entry.name for entry in source.entries), *source.unreadable]
@@ -70,8 +63,9 @@ class NameMatch:
         """Names that belong to leaves, and are not leaves themselves."""
         self.leaves = self._with_parts(flatten(states))
         """All leaves, by name."""
-        wanted = {name: leaf for name, leaf in self.leaves.items() if not matches_any(options.exclude, name)}
-        self.present = {name: leaf for name, leaf in wanted.items() if self._is_present(name)}
+        self.wanted = {name: leaf for name, leaf in self.leaves.items() if not matches_any(options.exclude, name)}
+        """The leaves that `exclude` does not match, by name."""
+        self.present = {name: leaf for name, leaf in self.wanted.items() if self._is_present(name)}
         """The leaves that are entries of the checkpoint, by name."""
         self.containers: list[tuple[Leaf, list[str]]] = []
         """Leaves that are dicts or lists in the checkpoint, each with the names of its items."""
@@ -79,19 +73,34 @@ class NameMatch:
         """Leaves that are inside a value of the checkpoint, each with the decoded value."""
         self.decoded: dict[Path, Any] = {}
         """All leaves of the checkpoint's values that were decoded for `nested`, by their paths in the state dict."""
-        self.missing = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
+        self.missing = self._match_others([leaf for name, leaf in self.wanted.items() if name not in self.present])
         """The leaves that the checkpoint does not have. See `check_missing`."""
-        self.is_empty = not self.containers and all(leaf.is_empty_dict for leaf in wanted.values())
-        """Whether nothing of the state dict is to be loaded."""
         self.missing_keys = tuple(leaf.name for leaf in self.missing)
         """See `Report`."""
-        self.unused_patterns = (
-            *unused_patterns(options.exclude, [*self.leaves, *self._excluded]),
-            *unused_renames(options.rename, names),
-        )
-        """See `Report`. Patterns of `exclude` may match a name on another rank."""
         self.unexpected_keys, self.held_keys = self._divide_keys()
         """The names of the checkpoint that the state dict lacks, below one of its keys, and those that it has."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the state dict is to be loaded."""
+        return not self.containers and all(leaf.is_empty_dict for leaf in self.wanted.values())
+
+    @property
+    def unused_patterns(self) -> tuple[str, ...]:
+        """See `Report`. Patterns of `exclude` may match a name on another rank."""
+        return (
+            *unused_patterns(self._options.exclude, [*self.leaves, *self._excluded]),
+            *unused_renames(self._options.rename, list(self.stored_names.values())),
+        )
+
+    def add_containers(self, containers: Iterable[tuple[Leaf, list[str]]]) -> None:
+        """Add leaves that receive entries of the checkpoint: items that a dict or list lacks, or empty dicts.
+
+        Args:
+            containers: the leaves, each with the names of its entries.
+        """
+        self.containers += containers
+        self.unexpected_keys, self.held_keys = self._divide_keys()
 
     def _with_parts(self, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
         """Return the leaves, with the parts of tensors that consist of others if the checkpoint stores them so.
@@ -176,34 +185,19 @@ class NameMatch:
             value_name = next(filter(self._is_value, outer_names), None)
             if value_name is not None:
                 by_value.setdefault(value_name, []).append(leaf)
-            elif leaf.is_empty_dict and not self._is_to_be_filled(leaf):  # `unexpected_keys` lists what it lacks
+            elif leaf.is_empty_dict:  # `unexpected_keys` lists what it lacks
                 continue
-            elif not isinstance(leaf.value, torch.Tensor) and (items := self._names_below(leaf.name)):
+            elif not isinstance(leaf.value, torch.Tensor) and (items := self.names_below(leaf.name)):
                 self.containers.append((leaf, items))
-            elif not leaf.is_empty_dict:
+            else:
                 missing.append(leaf)
         missing += self._match_inside_values(by_value)
         return missing
 
-    def _is_to_be_filled(self, leaf: Leaf) -> bool:
-        """Return whether an empty dict is, or belongs to, the state of a Stateful value, but not of an optimizer.
-
-        The tensors that an empty optimizer lacks may be sharded, and so may those of an empty module.
-        """
-        is_state = leaf.name in self._stateful and type(leaf.value) is dict  # that of a module is an OrderedDict
-        is_inside = leaf.name.startswith(self._in_stateful) and not leaf.name.startswith(self._optimizers)
-        return is_state or is_inside
-
-    @functools.cached_property
-    def _optimizers(self) -> tuple[str, ...]:
-        """The beginnings of the names in the states of optimizers."""
-        outer = (name.partition(".param_groups.") for name in self.leaves)
-        return tuple({f"{begin}." for begin, found, _ in outer if found})
-
     def _is_value(self, name: str) -> bool:
         return name in self.stored_names and not self.entry(name).is_tensor
 
-    def _names_below(self, name: str) -> list[str]:
+    def names_below(self, name: str) -> list[str]:
         """Return the names in the checkpoint that begin with `name.`, except excluded ones."""
         begin = bisect_left(self._sorted_names, f"{name}.")
         following = (self._sorted_names[at] for at in range(begin, len(self._sorted_names)))

@@ -31,31 +31,27 @@ from .value_buffers import ValueBuffer, check_values, decode_all, whole_wants
 class StateDictLoad:
     """One rank's read of a checkpoint into its state dict.
 
-    Creating it matches names, checks that everything fits, and changes nothing. `prepare` reads the metadata of
+    Creating it checks that everything fits, and changes nothing. `prepare` reads the metadata of
     `needs`, and creates the tensors that the state dict does not have. `run` writes to the tensors.
     `replace_values` replaces the values that are not tensors; call it when all ranks have succeeded.
 
     Args:
-        states: the state dict, with the states of Stateful values.
-        stateful: the names of the Stateful values.
+        match: where the names of the state dict are in the checkpoint.
 
     Raises:
         ShapeMismatchError, DtypeError, DestinationError, LayoutError: a tensor does not fit the checkpoint.
-        Also what `NameMatch`, `check_missing` and `check_optimizers` raise.
+        Also what `check_missing` and `check_optimizers` raise.
     """
 
-    def __init__(
-        self, source: Source, states: Mapping[str, Any], options: LoadOptions, stateful: Sequence[str] = ()
-    ) -> None:
-        self.source = source
-        self.match = NameMatch(source, states, options, stateful)
+    def __init__(self, match: NameMatch, options: LoadOptions) -> None:
+        self.match = match
+        self.source = source = match.source
         check_missing(self.match, options)
         check_optimizers(self.match, options)
         self._options = options
         self._casts: dict[str, Cast] = {}
         self._new_values: list[tuple[Leaf, Any]] = []
         """Leaves that are not tensors, and their values from the checkpoint."""
-        match = self.match
         items = [name for _, names in match.containers for name in names]
         self._value_leaves = [leaf for name, leaf in match.present.items() if not match.entry(name).is_tensor]
         for leaf in self._value_leaves:

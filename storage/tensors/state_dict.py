@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -99,8 +99,11 @@ class Leaf:
         return isinstance(self.value, Mapping)
 
     def replace(self, value: Any) -> None:
-        """Put another value into the container instead."""
-        self.container[self.key] = value
+        """Put another value into the container instead, or at the end of a list."""
+        if isinstance(self.container, list) and self.key == len(self.container):
+            self.container.append(value)
+        else:
+            self.container[self.key] = value
 
 
 def name_of(path: Path) -> str:
@@ -208,6 +211,24 @@ def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Le
         leaves[leaf.name] = leaf
 
 
+def containers_of(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Path, Any]]:
+    """Return the dicts and lists in a state dict that contain values, with their paths, by name."""
+    found: dict[str, tuple[Path, Any]] = {}
+
+    def walk(path: Path, value: Any) -> None:
+        if isinstance(value, Mapping):
+            found[name_of(path)] = path, value
+            for key, item in type(value).items(value):
+                walk((*path, _part(path, key)), item)
+        elif isinstance(value, list) and _is_walked(value):
+            found[name_of(path)] = path, value
+            for at, item in enumerate(value):
+                walk((*path, at), item)
+
+    walk((), state_dict)
+    return found
+
+
 class _Nested(dict[str | int | Key, Any]):
     """A dict that `nest` creates. Its class distinguishes it from a value that is a dict."""
 
@@ -291,6 +312,24 @@ def find_stateful(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return _StatefulSearch().find((), state_dict)
 
 
+def owns_its_state(value: object) -> bool:
+    """Return whether the state of a Stateful value belongs to it alone.
+
+    The state of a module or an optimizer, or of an object that holds one, has tensors of a model, which may have
+    changed, or which other ranks may hold.
+    """
+    attributes = list(getattr(value, "__dict__", {}).values())
+    attributes += [
+        getattr(value, slot, None) for kind in type(value).__mro__ for slot in vars(kind).get("__slots__", ())
+    ]
+    for attribute in (value, *attributes):
+        items = attribute.values() if isinstance(attribute, dict) else attribute
+        several = items if isinstance(attribute, (dict, list, tuple)) else (attribute,)
+        if any(isinstance(item, (torch.nn.Module, torch.optim.Optimizer)) for item in several):
+            return False
+    return True
+
+
 def stateful_to_state(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a copy in which the state dict of every Stateful value replaces it. Raise ArgumentError.
 
@@ -316,7 +355,7 @@ def _copied(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, A
     return items if isinstance(mapping, MutableMapping) else MappingProxyType(items)
 
 
-def separate_scalars(states: Mapping[str, Any], stateful: Sequence[str]) -> Mapping[str, Any]:
+def separate_scalars(states: Mapping[str, Any], stateful: Iterable[str]) -> Mapping[str, Any]:
     """Return states in which those of Stateful values share no scalar tensors with each other or with other values.
 
     A scheduler may refer to the learning rate of its optimizer, if that is a tensor, under several names. They may have
