@@ -543,6 +543,7 @@ class _BackgroundSave:
                 return self._write_staged()
         finally:
             if self._staging is not None:
+                self._staging.finish_device_copies()
                 STAGING.put(self._staging.arena)
 
     def _write_staged(self) -> Written:

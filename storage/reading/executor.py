@@ -103,7 +103,11 @@ def execute(
     shared = Workers(store) if workers is None else nullcontext(workers)
     with shared as used, read_buffers.reading(), rare_collections():
         execution = _Execution(plan, index, store, destinations, budget_bytes, used)
-        return execution.run(interrupt, placed)
+        try:
+            return execution.run(interrupt, placed)
+        finally:
+            for device in execution.decompressing:
+                device.end_read()
 
 
 class _Execution:
@@ -130,15 +134,18 @@ class _Execution:
         with without_collections():
             self._tensors, self._requests = build_tasks(plan, list(map(_destination, plan.reads, destinations)))
         device_budget = MAX_DEVICE_BUDGET_BYTES if budget_bytes is None else min(budget_bytes, MAX_DEVICE_BUDGET_BYTES)
-        self._max_decompressed_bytes = device_budget // 4  # of 1 GiB: a thousand frames of 256 KiB
-        self._stats.decoded_by = assign_devices(
-            [batch for tensor in self._tensors for batch in tensor.batches],
-            may_decompress=self._max_decompressed_bytes >= MIN_DECOMPRESSED_BYTES,
-        )
+        # Of 1 GiB: 600 frames of exponents. nvCOMP needs scratch memory of three times their size in addition.
+        self._max_decompressed_bytes = device_budget // 8
+        batches = [batch for tensor in self._tensors for batch in tensor.batches]
+        may_decompress = self._max_decompressed_bytes >= MIN_DECOMPRESSED_BYTES
+        self._stats.decoded_by = assign_devices(batches, may_decompress=may_decompress)
+        self.decompressing = {batch.device for batch in batches if batch.frames and batch.device is not None}
+        """The devices that decompress frames."""
         budget = default_budget() if budget_bytes is None else budget_bytes
         if self._stats.decoded_by:
             on_host = any(request.on_host for request in self._requests)
-            budget = min(device_budget // 2, budget) if on_host else device_budget // 2
+            waiting = device_budget * 3 // 8 if self.decompressing else device_budget // 2
+            budget = min(waiting, budget) if on_host else waiting
         self._schedule = Schedule(
             self._tensors,
             self._requests,

@@ -66,6 +66,8 @@ class StreamOnDevice:
 
     data: torch.Tensor
     """(nbytes,) uint8, the bytes of the request."""
+    copied: torch.cuda.Event | None
+    """Reached when they have been copied to the device."""
     ranges: StreamBytes
     """Where the chunks are. Its own data is empty."""
     planes: dict[int, Planes]

@@ -20,3 +20,24 @@ def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         with current_device(device):
             torch.accelerator.synchronize(device)
+
+
+class DeviceWaits:
+    """Waits for the values of tensors on devices, from several threads.
+
+    A device as a whole is waited for only once, and the current one at once. After that, a thread waits only for what
+    it has queued itself: the values are copied to the host meanwhile, and other threads need not wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._waited: set[torch.device] = set()
+        if torch.cuda.is_initialized():
+            self.wait(torch.device("cuda", torch.cuda.current_device()))
+
+    def wait(self, device: torch.device) -> None:
+        """Wait for values that were queued before this object was created, or by this thread."""
+        if device.type == "cuda" and device in self._waited:
+            torch.cuda.current_stream(device).synchronize()
+        else:
+            synchronize(device)
+            self._waited.add(device)

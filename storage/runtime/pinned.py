@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -23,28 +24,29 @@ STEP_BYTES = 2 * 1024 * 1024
 _PORTABLE = 1
 """cudaHostRegisterPortable: the memory counts as page-locked for all devices."""
 ByteArray = npt.NDArray[np.uint8]
-_refused = False
-"""Whether CUDA has refused to page-lock memory in this process."""
+_refused_bytes = sys.maxsize
+"""The fewest bytes that CUDA has refused to page-lock in this process. It may accept fewer."""
 
 
 def pin(memory: ByteArray) -> bool:
     """Page-lock memory, for the current device and all others.
 
-    If CUDA refuses, log a warning and return False, also for all further calls: copies are then slower, but still
-    right.
+    If CUDA refuses, log a warning and return False, also for further calls with as much memory: copies are then slower,
+    but still right.
     """
-    global _refused
-    if _refused:
+    global _refused_bytes
+    if memory.nbytes >= _refused_bytes:
         return False
     try:
         status = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE))
         problem = f"error {status}" if status else ""
+        refused = memory.nbytes
     except (AttributeError, RuntimeError, TypeError) as error:  # torch for another kind of device than CUDA
         problem = f"{type(error).__name__}: {error}"
+        refused = 0
     if problem:
-        _refused = True
-        with contextlib.suppress(RuntimeError):  # CUDA reports the error again at the next operation of this thread
-            torch.zeros(1, device="cuda")
+        _refused_bytes = min(refused, _refused_bytes)
+        _forget_error()
         logger.warning(
             "%d bytes of host memory cannot be page-locked (%s), so copies between host and device are slower",
             memory.nbytes,
@@ -55,7 +57,14 @@ def pin(memory: ByteArray) -> bool:
 
 def unpin(memory: ByteArray) -> None:
     """Undo `pin`."""
-    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    if int(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)):
+        _forget_error()
+
+
+def _forget_error() -> None:
+    """Let the next operation of this thread on a device report no earlier error, as CUDA otherwise does."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 class PinnedBuffers:

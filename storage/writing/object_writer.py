@@ -34,7 +34,7 @@ from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
 from ..runtime.checksums import checksum, raw_checksums
-from ..runtime.devices import synchronize
+from ..runtime.devices import DeviceWaits
 from ..runtime.limits import default_budget, default_threads
 from ..runtime.logs import logger_of
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
@@ -188,7 +188,7 @@ def write_objects(
     stopped = threading.Event()
     with Pool(default_threads(), "reshard-encode") as encoders:
         writing = Pool(CONCURRENT_OBJECTS, "reshard-write")
-        save = _Save(store, label, codec, budget, encoders, stopped, wrote)
+        save = _Save(store, label, codec, budget, encoders, stopped, wrote, DeviceWaits())
         futures = [writing.submit(retried, partial(save.write, group)) for group in groups]
         try:
             pending = set(futures)
@@ -222,6 +222,7 @@ class _Save:
     stopped: threading.Event
     """Set when the save has failed."""
     wrote: Callable[[int], None]
+    devices: DeviceWaits
 
     @property
     def window_bytes(self) -> int:
@@ -355,7 +356,7 @@ class _ObjectWriter:
             entry = Entry(shard.name, shard.kind, dtype, grid)
             codec = shard.codec(self._save.codec)
             streams = streams_of(dtype, codec)
-            synchronize(values.device)  # another stream may still write the values
+            self._save.devices.wait(values.device)  # another stream may still write the values
             array = as_host_array(values)
             eighths = grid.eighths(shard.box)
             is_split = len(together) > 1 and values.nbytes >= EIGHTHS * MIN_EIGHTH_BYTES

@@ -37,6 +37,8 @@ PAGE_BYTES = 2 * 1024 * 1024
 MIN_STAGING_BYTES = 64 * 1024 * 1024
 PIECE_BYTES = 16 * 1024 * 1024
 """A core copies about this many bytes at once."""
+MIN_PAGE_LOCKED_BYTES = 256 * 1024
+"""A synchronous save copies smaller tensors of a CUDA device to ordinary memory."""
 MAX_PIECES = 8
 """If what a rank writes does not fit its staging memory, shards are cut into pieces of an eighth of that memory."""
 
@@ -254,6 +256,7 @@ class Staging:
         try:
             staging._begin(loaded)
         except BaseException:
+            staging.finish_device_copies()
             STAGING.put(staging.arena)
             raise
         return staging
@@ -281,14 +284,21 @@ class Staging:
         """Copy the values that are on the host, with all cores of this rank, and wait for those from devices."""
         groups = list(group_by_bytes((piece for copy in self._host for piece in copy.pieces()), PIECE_BYTES))
         threads = min(default_threads(), len(groups))
-        if threads > 1:
-            with Pool(threads, "reshard-stage") as pool:
-                list(pool.map(_copy, groups))
-        else:
-            _copy(chain.from_iterable(groups))
+        try:
+            if threads > 1:
+                with Pool(threads, "reshard-stage") as pool:
+                    list(pool.map(_copy, groups))
+            else:
+                _copy(chain.from_iterable(groups))
+        finally:
+            self.finish_device_copies()
+        self._host = []
+
+    def finish_device_copies(self) -> None:
+        """Wait until the copies from devices that were started are done: the arena must not be used before."""
         for copies in self._device:
             copies.wait()
-        self._host, self._device = [], []
+        self._device = []
 
 
 class DeviceCopies:
@@ -316,22 +326,29 @@ class DeviceCopies:
             if stream is None:
                 stream = self._streams[self._device] = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
-                for to, values in self._pairs:
-                    to.copy_(values, non_blocking=True)
-                self._done = stream.record_event()
+            try:
+                with torch.cuda.stream(stream):
+                    for to, values in self._pairs:
+                        to.copy_(values, non_blocking=True)
+            finally:  # also of the copies before one that failed
+                self._done = torch.cuda.Event(blocking=True)
+                self._done.record(stream)
 
     def wait(self) -> None:
-        """Wait on the host until the copies are done."""
-        assert self._done is not None
-        self._done.synchronize()
+        """Wait on the host until the copies that were started are done."""
+        if self._done is not None:
+            self._done.synchronize()
         self._pairs.clear()
 
 
 def as_host_array(values: torch.Tensor) -> npt.NDArray[Any]:
-    """Return the bits of a tensor as an array on the host. Values of a CUDA device are copied to page-locked memory."""
+    """Return the bits of a tensor as an array on the host.
+
+    Values of a CUDA device are copied to page-locked memory, unless they are small: they would push the buffers of
+    large tensors out.
+    """
     memory = None
-    if values.device.type == "cuda":
+    if values.device.type == "cuda" and values.nbytes >= MIN_PAGE_LOCKED_BYTES:
         with current_device(values.device):
             memory = save_buffers.lend(values.nbytes)
     if memory is None:

@@ -288,11 +288,11 @@ def test_gc_removes_data_of_unfinished_saves_when_it_is_old(tmp_path: Path) -> N
         for path in (folder / "data").iterdir():
             os.utime(path, (old, old))
     assert [row["state"] for row in as_json("ls", tmp_path)] == ["not committed", "complete"]
-    assert call("gc", tmp_path, "--dry-run").count("1 objects, 17 B") == 2
+    assert call("gc", tmp_path, "--dry-run").count("1 object, 17 B") == 2
     call("gc", tmp_path, code=1, answer="n\n")
     assert (other / "data" / written).exists()
     (other / ".reshard-convert.json").write_text("{}")
-    assert call("gc", tmp_path, answer="y\n").count("1 objects") == 1, "a conversion goes on, and is left alone"
+    assert call("gc", tmp_path, answer="y\n").count("1 object, ") == 1, "a conversion goes on, and is left alone"
     assert (other / "data" / written).exists()
     assert not (place / "data" / written).exists()
     assert all(path.exists() for path in others)

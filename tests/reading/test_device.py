@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,22 @@ class HostDevice(Device):
     def _new(self, offset: int, nbytes: int) -> torch.Tensor:
         return super()._new(offset, nbytes).fill_(0xAB)
 
-    def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> None:
+    def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> Any:
         copy: Any = Copy(self, slot.memory[start : start + len(to)], to)
         with self._copy_lock:
             self._waiting.append(copy)
             slot.copies.append(copy)
+        return copy
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
         yield
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        self.copy_until(None)
+    def working(self, copied: Iterable[Any], *, decompresses: bool = False) -> Iterator[None]:
+        for copy in copied:
+            if copy is not None:
+                self.copy_until(copy)
         yield
 
 

@@ -19,7 +19,7 @@ def test_a_total_adds_up_and_takes_the_longest() -> None:
 def test_notebooks_show_a_table() -> None:
     shown = Report(0, tuple(map(rank, range(3))), missing_keys=("<a>",))._repr_html_()
     assert shown.count("<tr>") == 1 + 1 + 3
-    assert "1 missing keys" in shown
+    assert "1 missing key" in shown
     many = Report(0, tuple(map(rank, range(1000))))._repr_html_()
     assert many.count("<tr>") < 100
     assert "rank 999" in many

@@ -355,7 +355,7 @@ def test_gc_of_young_objects_requires_no_save_running(hours: str, tmp_path: Path
     assert "--no-save-running" in call("gc", tmp_path, "--older-than", hours, "--yes", code=2)
     assert (tmp_path / WRITTEN).exists()
     os.utime(tmp_path / WRITTEN, (0, 0))
-    assert "1 objects" in call("gc", tmp_path, "--older-than", hours, "--dry-run")
+    assert "1 object," in call("gc", tmp_path, "--older-than", hours, "--dry-run")
     call("gc", tmp_path, "--older-than", hours, "--yes", "--no-save-running")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
@@ -20,6 +21,16 @@ ALIGNMENT = 64
 """Bytes have the same offset on the device as in their object, modulo this number, so that values are aligned."""
 WORKING_STREAMS = 4
 """The number of threads whose operations a device runs at the same time. torch keeps memory for each stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes that are being copied to a device."""
+
+    data: torch.Tensor
+    """(nbytes,) uint8, on the device."""
+    copied: torch.cuda.Event | None
+    """Reached when they are there. None if there are no bytes."""
 
 
 class Device:
@@ -45,6 +56,8 @@ class Device:
         """Streams to work on; None for one that has not been created."""
         for _ in range(WORKING_STREAMS):
             self._streams.put(None)
+        self._decompressing = fork_safe_lock()
+        self._frame_stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def slot(self) -> Iterator[Slot]:
@@ -56,10 +69,8 @@ class Device:
         finally:
             self.ring.put(slot)
 
-    def send(self, slot: Slot, start: int, nbytes: int, offset: int = 0) -> torch.Tensor:
+    def send(self, slot: Slot, start: int, nbytes: int, offset: int = 0) -> Moved:
         """Start to copy bytes of a slot to new memory on the device.
-
-        Operations in a `working` block that is entered later run after the copy.
 
         Args:
             slot: the slot, which is lent to this thread.
@@ -68,10 +79,9 @@ class Device:
         """
         with self._copying():
             to = self._new(offset, nbytes)
-            self._copy(slot, start, to)
-        return to
+            return Moved(to, self._copy(slot, start, to))
 
-    def upload(self, parts: Sequence[memoryview], offset: int = 0) -> torch.Tensor:
+    def upload(self, parts: Sequence[memoryview], offset: int = 0) -> Moved:
         """Start to copy bytes from any host memory to new memory on the device. They are copied into the ring first.
 
         Args:
@@ -81,50 +91,74 @@ class Device:
         arrays = [np.frombuffer(part, np.uint8) for part in parts]
         with self._copying():
             to = self._new(offset, sum(map(len, arrays)))
-        done = 0
+        done, copied = 0, None
         for pieces in _cut(arrays, self.ring.nbytes):
             with self.slot() as slot:
                 nbytes = sum(map(len, pieces))
                 np.concatenate(pieces, out=slot.memory[:nbytes])
                 with self._copying():
-                    self._copy(slot, 0, to[done : done + nbytes])
+                    copied = self._copy(slot, 0, to[done : done + nbytes])  # after those of the other pieces
                 done += nbytes
-        return to
+        return Moved(to, copied)
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Run the operations of a block after the copies that were started before, and wait until they are done."""
+    def working(self, copied: Iterable[torch.cuda.Event | None], *, decompresses: bool = False) -> Iterator[None]:
+        """Run the operations of a block after some copies, and wait until they are done.
+
+        Args:
+            copied: reached when the bytes that the operations use have been copied.
+            decompresses: whether frames are decompressed. Only one thread does this at a time, on one stream, because
+                it takes a large part of the device's budget.
+        """
+        with self._stream(decompresses=decompresses) as stream:
+            for event in {id(event): event for event in copied if event is not None}.values():
+                stream.wait_event(event)
+            try:
+                with torch.cuda.stream(stream):
+                    yield
+            finally:  # also after an error: memory that operations use must not be used again
+                ended = torch.cuda.Event(blocking=True)
+                ended.record(stream)
+                ended.synchronize()
+
+    @contextmanager
+    def _stream(self, *, decompresses: bool) -> Iterator[torch.cuda.Stream]:
+        """Lend a stream to work on."""
+        if decompresses:
+            with self._decompressing, current_device(self.device):
+                if self._frame_stream is None:
+                    self._frame_stream = torch.cuda.Stream(self.device)
+                yield self._frame_stream
+            return
         stream = self._streams.get()
         try:
             with current_device(self.device):
                 stream = torch.cuda.Stream(self.device) if stream is None else stream
-                if self._copies is not None:
-                    stream.wait_stream(self._copies)
-                try:
-                    with torch.cuda.stream(stream):
-                        yield
-                finally:  # also after an error: memory that operations use must not be used again
-                    ended = torch.cuda.Event(blocking=True)
-                    ended.record(stream)
-                    ended.synchronize()
+                yield stream
         finally:
             self._streams.put(stream)
+
+    def end_read(self) -> None:
+        """Return the memory that decompression took to the device. Other reads may still run."""
+        if self.decompressor is not None:
+            self.decompressor.release()
 
     def _new(self, offset: int, nbytes: int) -> torch.Tensor:
         shift = offset % ALIGNMENT
         return torch.empty(shift + nbytes, dtype=torch.uint8, device=self.device)[shift:]
 
-    def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> None:
+    def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> torch.cuda.Event:
         to.copy_(torch.from_numpy(slot.memory[start : start + len(to)]), non_blocking=True)
         copied = torch.cuda.Event(blocking=True)
         copied.record(torch.cuda.current_stream(self.device))
         slot.copies.append(copied)
+        return copied
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
         """Run the operations of a block on the stream of the copies."""
         with current_device(self.device):
-            with self._lock:  # all copies must be on one stream, or some would not be waited for
+            with self._lock:  # all copies must be on one stream: events are reached in their order
                 if self._copies is None:
                     self._copies = torch.cuda.Stream(self.device)
             with torch.cuda.stream(self._copies):

@@ -98,6 +98,9 @@ class Decompressor(Protocol):
             UndecodableFrameError: a frame cannot be decompressed.
         """
 
+    def release(self) -> None:
+        """Return the memory that it keeps to the device. Any thread may call this."""
+
 
 def aligned(nbytes: int) -> int:
     """Return the number of bytes that a frame takes in memory."""
@@ -117,6 +120,9 @@ class HostDecompressor:
         for number, (start, numel) in enumerate(zip(frames.value_starts, frames.numels, strict=True)):
             values[start : start + numel] = self._decompressed(packed, frames, number)
         frames.values.copy_(torch.from_numpy(values))
+
+    def release(self) -> None:
+        """Do nothing: it keeps no memory."""
 
     def check_one(self, frames: PackedFrames) -> None:
         """Compare the result for one frame. Raise RuntimeError if it is another one."""

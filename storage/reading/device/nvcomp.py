@@ -16,9 +16,9 @@ logger = logger_of(__name__)
 
 
 def nvcomp_decompressor(device: torch.device) -> Decompressor | None:
-    """Return a decompressor for a device. None if nvCOMP 6 or later is not installed or cannot be loaded."""
+    """Return a decompressor for a device. None if nvCOMP 6 or later is not installed or cannot be used."""
     nvcomp = _nvcomp()
-    return None if nvcomp is None else NvcompDecompressor(nvcomp, device)
+    return None if nvcomp is None else NvcompDecompressor.of(nvcomp, device)
 
 
 @functools.cache
@@ -55,23 +55,56 @@ class NvcompDecompressor:
         self._stream: torch.cuda.Stream | None = None
         self._host = HostDecompressor()
         self._failed = False
+        self._has_warned = False
+
+    @classmethod
+    def of(cls, nvcomp: Any, device: torch.device) -> NvcompDecompressor | None:
+        """Return a decompressor that has been tried. None if nvCOMP cannot be used, such as with an old driver."""
+        found = cls(nvcomp, device)
+        try:
+            found._thread.submit(found._open).result()
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                logger.warning("nvCOMP cannot be used, so the host decompresses: %s: %s", type(error).__name__, error)
+                return None
+        found.release()
+        return found
 
     def decompress(self, frames: PackedFrames) -> None:
         """See `Decompressor`."""
         if not self._failed:
             ready = torch.cuda.current_stream(self._device).record_event()
             try:
-                self._thread.submit(self._decompress, ready, frames).result()
+                self._thread.submit(self._decompress_or_retry, ready, frames).result()
                 self._host.check_one(frames)
                 return
             except UndecodableFrameError:
                 raise
             except Exception as error:
-                logger.warning("nvCOMP failed, so the host decompresses instead: %s: %s", type(error).__name__, error)
                 self._failed = not _is_out_of_memory(error)
+                if self._failed or not self._has_warned:
+                    logger.warning("nvCOMP failed, so the host decompresses: %s: %s", type(error).__name__, error)
+                self._has_warned = True
         self._host.decompress(frames)
 
-    def _decompress(self, ready: torch.cuda.Event, frames: PackedFrames) -> None:
+    def release(self) -> None:
+        """Return nvCOMP's scratch memory to the device: about three times the bytes that one call decompresses."""
+        self._thread.submit(self._close)
+
+    def _close(self) -> None:
+        self._codec = None
+
+    def _decompress_or_retry(self, ready: torch.cuda.Event, frames: PackedFrames) -> None:
+        try:
+            self._decompress(ready, frames)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()  # nvCOMP cannot use the memory that torch keeps
+            self._decompress(ready, frames)
+
+    def _open(self) -> torch.cuda.Stream:
+        """Create the codec, unless there is one. Return its stream."""
         nvcomp = self._nvcomp
         with torch.cuda.device(self._device):
             if self._stream is None:
@@ -84,18 +117,23 @@ class NvcompDecompressor:
                         device_id=self._device.index,
                         cuda_stream=self._stream.cuda_stream,
                     )
-                self._stream.wait_event(ready)
-                stream = self._stream.cuda_stream
-                try:
-                    stored = nvcomp.as_arrays(
-                        frames.packed, list(frames.starts), list(frames.sizes), cuda_stream=stream
-                    )
-                    out = nvcomp.as_arrays(
-                        frames.values, list(frames.value_starts), list(frames.numels), cuda_stream=stream
-                    )
-                    sizes = list(self._codec.decode(stored, out=out).buffer_sizes)
-                finally:  # also after an error: the memory must not be used by others before
-                    self._stream.synchronize()
+        return self._stream
+
+    def _decompress(self, ready: torch.cuda.Event, frames: PackedFrames) -> None:
+        nvcomp, own_stream = self._nvcomp, self._open()
+        with torch.cuda.device(self._device), torch.cuda.stream(own_stream):
+            own_stream.wait_event(ready)
+            stream = own_stream.cuda_stream
+            try:
+                stored = nvcomp.as_arrays(frames.packed, list(frames.starts), list(frames.sizes), cuda_stream=stream)
+                out = nvcomp.as_arrays(
+                    frames.values, list(frames.value_starts), list(frames.numels), cuda_stream=stream
+                )
+                decoded = self._codec.decode(stored, out=out)
+                own_stream.synchronize()  # unlike nvCOMP, torch lets other threads run while it waits
+                sizes = list(decoded.buffer_sizes)
+            finally:  # also after an error: the memory must not be used by others before
+                own_stream.synchronize()
         if sizes != list(frames.numels):
             raise RuntimeError(f"{sum(a != b for a, b in zip(sizes, frames.numels, strict=True))} frames are too short")
 

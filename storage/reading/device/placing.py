@@ -36,7 +36,7 @@ from ..decode import (
 from ..destination import BlockWriter
 from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
 from ..tasks import ChunkBatch, Request, TensorProgress
-from .device import Device
+from .device import Device, Moved
 from .frames import Frames, UndecodableFrameError
 from .join import join_bfloat16, join_float32, join_planes
 from .ring import Slot
@@ -112,7 +112,7 @@ def move(request: Request, data: memoryview, slot: Slot | None, make_error: Make
     Raises:
         CorruptCheckpointError: the bytes cannot be decoded.
     """
-    moved: dict[Device, torch.Tensor] = {}
+    moved: dict[Device, Moved] = {}
     for batch, stream in request.parts:
         device = batch.device
         if device is None:
@@ -125,9 +125,7 @@ def move(request: Request, data: memoryview, slot: Slot | None, make_error: Make
         batch.on_device[stream] = _describe(batch, stream, data, moved[device], make_error)
 
 
-def _describe(
-    batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Tensor, make_error: MakeError
-) -> StreamOnDevice:
+def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: Moved, make_error: MakeError) -> StreamOnDevice:
     """Read the tables of the planes of a stream on the host."""
     found = StreamBytes.of(batch.read, batch.rows, stream, batch.requests[stream].start, data)
     planes_of: dict[int, Planes] = {}
@@ -146,7 +144,7 @@ def _describe(
                 describe(block)
             except CorruptCheckpointError as error:
                 raise damaged_chunk(batch, block, describe, error, make_error) from error
-    return StreamOnDevice(moved, replace(found, data=memoryview(b"")), planes_of, exceptions)
+    return StreamOnDevice(moved.data, moved.copied, replace(found, data=memoryview(b"")), planes_of, exceptions)
 
 
 def place(batches: Sequence[ChunkBatch], make_error: MakeError, max_bytes: int) -> None:
@@ -188,7 +186,8 @@ def _naming_tensor(batch: ChunkBatch) -> Iterator[None]:
 
 def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int, make_error: MakeError) -> None:
     """Decode batches whose bytes are on a device, and write them to their destinations. Wait until this is done."""
-    with device.working():
+    copied = [stream.copied for batch in batches for stream in batch.on_device.values()]
+    with device.working(copied, decompresses=any(batch.frames for batch in batches)):
         planes = _PlanesToPlace(device, make_error)
         for batch in batches:
             with _naming_tensor(batch):
@@ -213,8 +212,8 @@ def _place_from_host(device: Device, batch: ChunkBatch, make_error: MakeError) -
         writer = batch.open(block)
         try:
             with _naming_tensor(batch):
-                for index, values in _values_from_host(device, batch.read, block, streams):
-                    with device.working():
+                for index, copied, values in _values_from_host(device, batch.read, block, streams):
+                    with device.working([copied]):
                         _write(batch, writer, index, values())
         except CorruptCheckpointError as error:
             raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, make_error) from error
@@ -227,14 +226,15 @@ def _write(batch: ChunkBatch, writer: BlockWriter, index: tuple[int | slice, ...
 
 def _values_from_host(
     device: Device, read: ChunkReads, block: Block, streams: list[StreamBytes]
-) -> Iterator[tuple[tuple[int | slice, ...], Callable[[], torch.Tensor]]]:
+) -> Iterator[tuple[tuple[int | slice, ...], torch.cuda.Event | None, Callable[[], torch.Tensor]]]:
     """Yield the parts of a block: an index into its directions, and a function that returns the values.
 
-    The function must be called in a `working` block of the device, before the next part.
+    The function must be called in a `working` block of the device, after the event and before the next part.
     """
     if block.encoding != Encoding.PLANES:
         for decoded in decode_block(read, block, streams, [block.count]):
-            yield (), partial(device.upload([decoded.view(np.uint8).data]).view, _stored_dtype(read))
+            moved = device.upload([decoded.view(np.uint8).data])
+            yield (), moved.copied, partial(moved.data.view, _stored_dtype(read))
         return
     planes = [stream.planes(read, block) for stream in streams]
     exceptions = exceptions_of(planes[1], streams[1].ends[streams[1].rows(block)]) if len(planes) == 2 else {}
@@ -243,7 +243,7 @@ def _values_from_host(
         count = chunks.stop - chunks.start
         moved = device.upload([part for iterator in iterators for part in islice(iterator, count)])
         listed = _in_part(exceptions, chunks, planes[0].numel)
-        yield index, partial(_joined, read, moved.view(len(iterators), -1).unbind(), listed)
+        yield index, moved.copied, partial(_joined, read, moved.data.view(len(iterators), -1).unbind(), listed)
 
 
 @dataclass(frozen=True, slots=True)
