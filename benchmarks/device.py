@@ -10,8 +10,8 @@ is on tmpfs. All cases run once per round, in turns, and loaded values are compa
 - GB/s: bytes of the values (of one rank for "rank of TP 4") divided by seconds
 - of peer: GB/s divided by that of fastsafetensors (loads), or of DCP with 16 threads (saves)
 - page-locked MB: what reshard has page-locked
-- device MB: what torch has reserved on the device at most, beyond what it had before and the loaded tensors. Memory
-  that nvCOMP allocates itself is not counted.
+- device MB: the most memory of the device in use, beyond what was in use before and the loaded tensors. It is sampled
+  every 2 ms, and includes what nvCOMP allocates. No other process must use the device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import contextlib
 import gc
 import importlib
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -103,12 +104,15 @@ class Bench:
         if name in TARGETS:
             shutil.rmtree(self.folder / TARGETS[name])
         gc.collect()
-        before = self._memory(peak=False)
-        begin = time.perf_counter()
-        found = self.cases[name]()
-        synchronize(self.device)
-        seconds = time.perf_counter() - begin
-        peak = self._memory(peak=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before = self._memory_in_use()
+        with self._peak_memory() as peaks:
+            begin = time.perf_counter()
+            found = self.cases[name]()
+            synchronize(self.device)
+            seconds = time.perf_counter() - begin
+        peak = max(peaks)
         loaded = sum(tensor.nbytes for tensor in (found or self.state).values())
         if found is not None:
             self._check(name, found)
@@ -125,14 +129,31 @@ class Bench:
             if not torch.equal(found[key].to(self.device), tensor):
                 raise AssertionError(f"{name} loaded other values for {key!r}")
 
-    def _memory(self, *, peak: bool) -> int:
+    def _memory_in_use(self) -> int:
         if self.device.type != "cuda":
             return 0
-        if peak:
-            return int(torch.cuda.max_memory_reserved(self.device))
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return int(torch.cuda.memory_reserved(self.device))
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    @contextlib.contextmanager
+    def _peak_memory(self) -> Iterator[list[int]]:
+        """Sample the memory in use while the block runs."""
+        samples, stopped = [self._memory_in_use()], threading.Event()
+
+        def sample() -> None:
+            while not stopped.wait(0.002):
+                samples.append(self._memory_in_use())
+
+        thread = threading.Thread(target=sample)
+        if self.device.type == "cuda":
+            thread.start()
+        try:
+            yield samples
+        finally:
+            stopped.set()
+            if thread.ident is not None:
+                thread.join()
+            samples.append(self._memory_in_use())
 
     def _fresh(self) -> State:
         return {name: torch.empty_like(tensor) for name, tensor in self.state.items()}

@@ -1,5 +1,7 @@
 """Saving from and loading to an accelerator. The same tests also run on the CPU. Without an accelerator, only there."""
 
+import contextlib
+import gc
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -79,9 +81,8 @@ def test_save_and_load_wait_for_pending_work_on_the_device(
 
 
 def test_save_and_load_wait_for_the_current_stream(device: torch.device, tmp_path: Path) -> None:
-    if device.type != "cpu":
-        torch.accelerator.set_stream(torch.Stream(device))
-    test_save_and_load_wait_for_pending_work_on_the_device(device, None, tmp_path)
+    with contextlib.nullcontext() if device.type == "cpu" else torch.Stream(device):
+        test_save_and_load_wait_for_pending_work_on_the_device(device, None, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -102,7 +103,8 @@ def test_dcp_saves_and_loads_device_tensors(device: torch.device, tmp_path: Path
 def test_no_device_memory_is_kept(tmp_path: Path) -> None:
     device = torch.device(str(ACCELERATOR))
     values = {f"w{i}": torch.randn(1024, 1024, device=device) for i in range(4)}
+    gc.collect()
     before = torch.accelerator.memory_allocated(device)
     reshard.save(values, tmp_path)
     reshard.load(values, tmp_path)
-    assert torch.accelerator.memory_allocated(device) == before
+    assert torch.accelerator.memory_allocated(device) <= before
