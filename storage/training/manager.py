@@ -26,7 +26,6 @@ from ..load import load
 from ..maintenance.catalog import location_of
 from ..reading.load_options import LoadOptions
 from ..runtime.arguments import check_choice, check_flags, check_nbytes
-from ..runtime.background import BackgroundThread
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Collectives, is_distributed, on_all_ranks, on_rank_0, rank_of
@@ -40,7 +39,9 @@ from ..stores.uris import join_location
 from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
 from ..writing.checkpoint_writer import SaveOptions
+from .calls import News, RestoreCall, SaveCall, SaveOrder, candidates_for, order_for
 from .lease import Lease
+from .manager_threads import ManagerThreads
 from .mirror import MirrorCopier, remove_own_leftovers, remove_own_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
 from .requested_saves import SAVE, STOP, RequestedSaves, StopSignals, checked_signals
@@ -59,92 +60,6 @@ class _Running:
 
     handle: AsyncSave
     decision: SaveDecision
-
-
-@dataclass(frozen=True, slots=True)
-class _News:
-    """What rank 0 sends to all ranks from time to time."""
-
-    saved: tuple[SavedStep, ...]
-    """The checkpoints of the run."""
-    removed: tuple[str, ...]
-    """The folders that were removed since the last news."""
-
-    @classmethod
-    def of(cls, controller: RunController) -> _News:
-        return cls(controller.saved(), controller.root.removed())
-
-
-@dataclass(frozen=True, slots=True)
-class _SaveOrder:
-    """What rank 0 sends to all ranks before a save."""
-
-    decision: SaveDecision
-    news: _News
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _SaveCall:
-    """What one rank passed to `save`."""
-
-    step: int
-    force: bool
-    has_entries: bool
-    """Whether its state dict has entries."""
-    order: _SaveOrder | None = None
-    """Only from rank 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RestoreCall:
-    """What one rank passed to `restore`."""
-
-    step: int | None
-    has_entries: bool
-    """Whether its state dict has entries."""
-    candidates: list[Candidate]
-    """Only from rank 0."""
-
-
-class _BackgroundThreads:
-    """Ends the threads of a manager, also if the manager is dropped without `close`.
-
-    Args:
-        manager: the manager. Nothing here refers to it, so that it is collected if it has no other references.
-        end: ends the first thread.
-    """
-
-    def __init__(self, manager: object, end: Callable[[], object]) -> None:
-        self.waits: list[Callable[[], object]] = []
-        """Wait for the work that runs in the background."""
-        self.ends = [end]
-        """End the threads."""
-        self._finalizer = weakref.finalize(manager, _end_dropped, self.waits, self.ends, generation())
-        self._finalizer.atexit = False
-
-    def end(self) -> None:
-        """End the threads, without waiting for saves."""
-        self._finalizer.detach()
-        for end in self.ends:
-            end()
-
-
-def _end_dropped(waits: Sequence[Callable[[], object]], ends: Sequence[Callable[[], object]], created_in: int) -> None:
-    """End the threads of a manager that was dropped.
-
-    The garbage collector calls this in any thread, which may hold locks. So a new thread does the work.
-    """
-
-    def work() -> None:
-        for function in (*waits, *ends):
-            try:
-                function()
-            except Exception as error:
-                logger.warning("a CheckpointManager that was dropped could not be ended: %s", error)
-
-    if created_in == generation():  # a forked child has no threads to end
-        BackgroundThread(work, "reshard-dropped")
 
 
 class CheckpointManager:
@@ -239,7 +154,7 @@ class CheckpointManager:
         self._running: _Running | None = None
         self._requested = RequestedSaves(self._group)
         self._signals = StopSignals((), partial(self._requested.request, STOP))
-        self._threads = _BackgroundThreads(self, self._requested.close)
+        self._threads = ManagerThreads(self, self._requested.close)
         try:
             self._is_shared = self._take_leases()
             self._copier = self._open_mirror()
@@ -482,16 +397,16 @@ class CheckpointManager:
         def options() -> LoadOptions:
             return LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
 
-        def begin() -> _RestoreCall:
+        def begin() -> RestoreCall:
             check_mapping(state_dict)
             options()
             wanted = None if step is None else _whole_number("step", step)
             candidates = [] if self._controller is None else self._controller.begin_restore(wanted)
-            return _RestoreCall(wanted, bool(state_dict), candidates)
+            return RestoreCall(wanted, bool(state_dict), candidates)
 
         try:
             calls = self._on_all_ranks("restore()", begin)
-            candidates = _candidates_for(calls)
+            candidates = candidates_for(calls)
             wanted = calls[0].step
             if wanted is not None and not any(not candidate.problem for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
@@ -597,9 +512,9 @@ class CheckpointManager:
 
     def _update(self) -> None:
         """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
-        self._accept(self._on_rank_0(_News.of))
+        self._accept(self._on_rank_0(News.of))
 
-    def _accept(self, news: _News) -> None:
+    def _accept(self, news: News) -> None:
         self._saved = news.saved
         if self._controller is not None:
             self._controller.root.forget_removed(news.removed)  # all ranks know of them now
@@ -643,20 +558,20 @@ class CheckpointManager:
         force: bool,
         metadata: Mapping[str, Any] | None,
     ) -> bool:
-        def prepare() -> _SaveCall:
+        def prepare() -> SaveCall:
             checked = check_metrics(metrics)
             plain_metadata(metadata)
             check_mapping(state_dict)
             has_entries = bool(state_dict)
             if self._controller is None:
-                return _SaveCall(step, force, has_entries)
+                return SaveCall(step, force, has_entries)
             if self._root_lease is not None:  # that of the mirror is checked before each copy
                 self._root_lease.check()
             decision = self._controller.decide(step, checked, force=force)
             stored = metadata_of(decision.saved, decision.sequence, decision.parent, metadata)
-            return _SaveCall(step, force, has_entries, _SaveOrder(decision, _News.of(self._controller), stored))
+            return SaveCall(step, force, has_entries, SaveOrder(decision, News.of(self._controller), stored))
 
-        order = _order_for(self._on_all_ranks(f"save({step})", prepare))
+        order = order_for(self._on_all_ranks(f"save({step})", prepare))
         self._accept(order.news)
         decision = order.decision
         if decision.is_skipped:
@@ -679,7 +594,7 @@ class CheckpointManager:
                 self._controller.end_save(decision, is_committed=True)
         return True
 
-    def _begin_save(self, step: int, state_dict: Mapping[str, Any], order: _SaveOrder) -> AsyncSave | Report:
+    def _begin_save(self, step: int, state_dict: Mapping[str, Any], order: SaveOrder) -> AsyncSave | Report:
         uri = self.location(step) if self._is_shared else NodeLocalStore(open_store(self.location(step)).location)
         options = replace(self._save_options, overwrite=order.decision.overwrite, metadata=order.metadata)
         if self._root_lease is not None:  # another manager may take over the run while this one writes
@@ -687,44 +602,6 @@ class CheckpointManager:
         if self._asynchronous:
             return async_save_with(state_dict, uri, options, self._group, **self._async_options)
         return save_with(state_dict, uri, options, self._group)
-
-
-def _check_same(what: str, passed: Sequence[object]) -> None:
-    """Raise ArgumentError if the ranks passed different arguments."""
-    if len(set(passed)) > 1:
-        arguments = ", ".join(f"rank {rank}: {of_rank}" for rank, of_rank in enumerate(passed[:8]))
-        raise ArgumentError(f"the ranks passed different {what}: {arguments}")
-
-
-def _order_for(calls: Sequence[_SaveCall]) -> _SaveOrder:
-    """Return the order of rank 0 for the calls of all ranks.
-
-    Raises:
-        ArgumentError: the ranks passed different arguments, or nothing to save.
-    """
-    _check_same("steps or force to save()", [(call.step, call.force) for call in calls])
-    if not any(call.has_entries for call in calls):
-        raise ArgumentError(
-            "the state dict is empty on every rank: saving nothing could replace the last useful checkpoint of the run"
-        )
-    order = calls[0].order
-    assert order is not None
-    return order
-
-
-def _candidates_for(calls: Sequence[_RestoreCall]) -> list[Candidate]:
-    """Return the checkpoints that rank 0 has found for the calls of all ranks.
-
-    Raises:
-        ArgumentError: the ranks passed different steps, or nothing to restore.
-    """
-    _check_same("steps to restore()", [call.step for call in calls])
-    if not any(call.has_entries for call in calls):
-        raise ArgumentError(
-            "the state dict is empty on every rank, so restore() would load nothing: pass the state dict that save() "
-            "gets. latest_step() returns the latest step without loading it"
-        )
-    return calls[0].candidates
 
 
 def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:

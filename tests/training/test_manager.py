@@ -30,8 +30,7 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.training import manager as manager_module
-from reshard.storage.training import run_location
+from reshard.storage.training import manager_threads, run_location
 from tests.ranks import RankFailed, RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -736,7 +735,7 @@ def test_dropped_managers_of_several_ranks_end_their_threads(ranks: RankPool, tm
 
 def test_closed_manager_is_not_ended_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(manager_module, "_end_dropped", lambda *_: ended.append("dropped"))
+    monkeypatch.setattr(manager_threads, "_end_dropped", lambda *_: ended.append("dropped"))
     manager = manager_of(tmp_path)
     manager.close()
     del manager
