@@ -162,7 +162,8 @@ def by_new_name(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, s
         if not new and name:
             raise ArgumentError(f"{name!r} would be renamed to an empty name")
         if new in stored:
-            raise ArgumentError(f"{stored[new]!r} and {name!r} would both be named {new!r}")
+            several = ": the patterns of rename are applied one after another" if len(renames) > 1 else ""
+            raise ArgumentError(f"{stored[new]!r} and {name!r} would both be named {new!r}{several}")
         stored[new] = name
     return stored
 
