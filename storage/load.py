@@ -32,7 +32,7 @@ from torch.profiler import record_function
 from ..planner.text import quoted
 from .errors import ArgumentError
 from .formats.source import bounded
-from .reading.grown_states import GrownStates
+from .reading.lacking_items import LackingItems
 from .reading.load_options import LoadOptions
 from .reading.name_matching import NameMatch
 from .reading.opening import (
@@ -68,7 +68,6 @@ from .tensors.state_dict import (
     check_mapping,
     find_stateful,
     has_stateful,
-    owns_its_state,
     separate_scalars,
     state_to_stateful,
     stateful_to_state,
@@ -108,9 +107,8 @@ def load(
 
     Args:
         state_dict: the destination: tensors, DTensors, ShardedTensors and values, in nested dicts and lists. Stateful
-            values receive their loaded state. Dicts and lists in the state of an object that holds no module and no
-            optimizer also receive saved items that they lack and no other rank has; so do those in the extra state of
-            a module.
+            values receive their loaded state. Dicts of values and lists inside such a state also receive the saved
+            items that they lack, unless another rank has them. Tensors among these are read as a whole, on the CPU.
         uri: a path, a URI that fsspec can open, or a Store.
         strict: whether every name of the state dict must be in the checkpoint, and optimizers in it must have a state
             if the checkpoint has one for them. If False, such names are skipped and listed in the report.
@@ -204,6 +202,16 @@ class _Compared:
     """Whether every rank has compared its state dict."""
 
 
+@dataclass(slots=True)
+class _Matched:
+    """Where the names of a state dict are in the checkpoint."""
+
+    names: NameMatch
+    lacking: LackingItems
+    received: frozenset[str] = frozenset()
+    """Those of `lacking` that the states of Stateful values receive."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Done:
     """What a rank has read."""
@@ -243,7 +251,7 @@ class _Load:
         )
         self._begin = self._prepared = time.perf_counter()
         self._states: Mapping[str, Any] = {}
-        self._match: NameMatch | None = None
+        self._matched: _Matched | None = None
         self._checked: StateDictLoad | None = None
 
     def prepare(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> list[Offer | None]:
@@ -278,8 +286,6 @@ class _Load:
         is_stateful = has_stateful(self._state_dict)
         if not begun.opened_alone or is_stateful:
             return _Opened(begun, is_stateful, None)
-        self._match_names()
-        self._check()
         return _Opened(begun, is_stateful, self._compare())
 
     def _complete_states(self, begun: Sequence[BegunOpening]) -> None:
@@ -287,14 +293,13 @@ class _Load:
 
         def lacking() -> tuple[str, ...]:
             self._finish_opening(begun)
-            if self._match is None:
-                self._match_names()
-            return self._grown.names
+            return self._match_names().lacking.names
 
         wanted = {name for names in on_all_ranks(lacking, self._group) for name in names}
-        if wanted:  # such as random states, if each rank has one of its own name
-            held = on_all_ranks(lambda: wanted & self._names.leaves.keys(), self._group)
-            self._grown.add(wanted.difference(*held))
+        if wanted:  # another rank may have some, such as a random state under a name of its own
+            matched = self._match_names()
+            held = on_all_ranks(lambda: wanted & matched.names.leaves.keys(), self._group)
+            matched.received = frozenset(wanted.difference(*held))
 
     def _compare_together(self, begun: Sequence[BegunOpening]) -> list[Offer | None]:
         """Open the checkpoint with what rank 0 has read, and compare it with the state dict. Collective."""
@@ -302,11 +307,7 @@ class _Load:
         def compare() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
             """Return what this rank opened, and the manifest blocks that it needs or, if it needs none, its offer."""
             self._finish_opening(begun)
-            if self._match is None:
-                self._match_names()
-            if self._checked is None:  # a rank without Stateful values may have compared its state dict already
-                self._check()
-            blocks = manifest_blocks_to_read(self._opening.source, self._loading.needs)
+            blocks = manifest_blocks_to_read(self._opening.source, self._loading().needs)
             return self._opening.opened, blocks, None if blocks else self._compare()
 
         def read_for_all(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
@@ -326,35 +327,33 @@ class _Load:
         with record_function("reshard.open"):
             self._opening.finish(begun)
 
-    @property
-    def _names(self) -> NameMatch:
-        assert self._match is not None
-        return self._match
+    def _match_names(self) -> _Matched:
+        """Match the names of the state dict with those of the checkpoint, unless this has been done."""
+        if self._matched is None:
+            stateful = [name for name, _ in find_stateful(self._state_dict)]
+            self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
+            with without_collections():
+                names = NameMatch(self._opening.source, self._states, self._load_options)
+                lacking = LackingItems(names, self._states, stateful, self._load_options)
+            self._matched = _Matched(names, lacking)
+        return self._matched
 
-    @property
     def _loading(self) -> StateDictLoad:
-        assert self._checked is not None
+        """Return what this rank loads. The first call checks that everything fits the checkpoint."""
+        if self._checked is None:
+            matched = self._match_names()
+            with without_collections():
+                matched.lacking.add(matched.received)
+                self._checked = StateDictLoad(matched.names, self._load_options)
         return self._checked
-
-    def _match_names(self) -> None:
-        """Match the names of the state dict with those of the checkpoint."""
-        stateful = {name: owns_its_state(value) for name, value in find_stateful(self._state_dict)}
-        self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
-        with without_collections():
-            self._match = NameMatch(self._opening.source, self._states, self._load_options)
-            self._grown = GrownStates(self._match, self._states, stateful)
-
-    def _check(self) -> None:
-        """Check that everything fits the checkpoint."""
-        with without_collections():
-            self._checked = StateDictLoad(self._names, self._load_options)
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
-        if not self._loading.is_prepared:
+        loading = self._loading()
+        if not loading.is_prepared:
             with without_collections():
-                self._loading.prepare(self._options)
-        return self._shared_read.offer(self._loading.source, self._loading.shareable_wants)
+                loading.prepare(self._options)
+        return self._shared_read.offer(loading.source, loading.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:
         """Decide with the other ranks whether to share the read, and read the tensors and values. Collective."""
@@ -362,12 +361,13 @@ class _Load:
         self._prepared = time.perf_counter()
 
         def run() -> _Done:
-            self._meter.location = self._loading.source.location
+            loading = self._loading()
+            self._meter.location = loading.source.location
             with self._meter:
-                report = self._loading.run(self._options)
+                report = loading.run(self._options)
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
-            match = self._loading.match
+            match = loading.match
             return _Done(
                 replace(report, seconds=times),
                 match.unused_patterns,
@@ -383,7 +383,7 @@ class _Load:
         """Put the values that were read into the state dict, and return the report. Collective."""
         unexpected = self._unexpected_keys(done)
         self._replace_values(done)
-        match = self._loading.match
+        match = self._loading().match
         unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
         reports = tuple(of_rank.report for of_rank in done)
         report = Report(self._rank, reports, match.missing_keys, unexpected, unused_patterns=tuple(unused))
@@ -392,14 +392,14 @@ class _Load:
                 logger.warning(
                     "nothing was loaded: the state dict of each rank is empty, or `exclude` matches all of its names"
                 )
-            _log(report, self._loading.describe_unexpected_keys(unexpected))
+            _log(report, self._loading().describe_unexpected_keys(unexpected))
         return report
 
     def _replace_values(self, done: Sequence[_Done]) -> None:
         """Replace the values of the state dict, and load the states of Stateful values. Collective if there are any."""
 
         def replace_values() -> None:
-            self._loading.replace_values()
+            self._loading().replace_values()
             state_to_stateful(self._state_dict, self._states)
 
         if any(of_rank.has_stateful for of_rank in done):
@@ -409,7 +409,7 @@ class _Load:
 
     def _unexpected_keys(self, done: Sequence[_Done]) -> tuple[str, ...]:
         """Return the names that a rank lacks and no rank has. Collective, unless all ranks lack the same."""
-        match = self._loading.match
+        match = self._loading().match
         if len({of_rank.unexpected for of_rank in done}) == 1:
             return match.unexpected_keys
         kinds = [(of_rank.unexpected, of_rank.held) for of_rank in done]  # such as one for each pipeline stage

@@ -57,8 +57,6 @@ class NameMatch:
         self.stored_names = by_new_name(names, options.rename)
         """The names in the checkpoint, by the names in the state dict."""
         self._sorted_names = sorted(self.stored_names)
-        self._excluded: set[str] = set()
-        """Names of the checkpoint inside leaves that `exclude` matches."""
         self._known: set[str] = set()
         """Names that belong to leaves, and are not leaves themselves."""
         self.leaves = self._with_parts(flatten(states))
@@ -88,8 +86,9 @@ class NameMatch:
     @property
     def unused_patterns(self) -> tuple[str, ...]:
         """See `Report`. Patterns of `exclude` may match a name on another rank."""
+        excluded = [name for name in self.stored_names if name.startswith(self._sections)]
         return (
-            *unused_patterns(self._options.exclude, [*self.leaves, *self._excluded]),
+            *unused_patterns(self._options.exclude, [*self.leaves, *excluded]),
             *unused_renames(self._options.rename, list(self.stored_names.values())),
         )
 
@@ -201,10 +200,8 @@ class NameMatch:
         """Return the names in the checkpoint that begin with `name.`, except excluded ones."""
         begin = bisect_left(self._sorted_names, f"{name}.")
         following = (self._sorted_names[at] for at in range(begin, len(self._sorted_names)))
-        below = list(itertools.takewhile(lambda other: other.startswith(f"{name}."), following))
-        excluded = {other for other in below if matches_any(self._options.exclude, other)}
-        self._excluded |= excluded
-        return [other for other in below if other not in excluded]
+        below = itertools.takewhile(lambda other: other.startswith(f"{name}."), following)
+        return [other for other in below if not matches_any(self._options.exclude, other)]
 
     def _match_inside_values(self, by_value: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Read the values that contain leaves. Return the leaves that are not in them."""

@@ -211,17 +211,17 @@ def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Le
         leaves[leaf.name] = leaf
 
 
-def containers_of(state_dict: Mapping[Any, Any]) -> dict[str, tuple[Path, Any]]:
-    """Return the dicts and lists in a state dict that contain values, with their paths, by name."""
-    found: dict[str, tuple[Path, Any]] = {}
+def containers_of(state_dict: Mapping[Any, Any]) -> dict[Path, Any]:
+    """Return the dicts and lists in a state dict, by their paths. Lists that are values do not count."""
+    found: dict[Path, Any] = {}
 
     def walk(path: Path, value: Any) -> None:
         if isinstance(value, Mapping):
-            found[name_of(path)] = path, value
+            found[path] = value
             for key, item in type(value).items(value):
                 walk((*path, _part(path, key)), item)
         elif isinstance(value, list) and _is_walked(value):
-            found[name_of(path)] = path, value
+            found[path] = value
             for at, item in enumerate(value):
                 walk((*path, at), item)
 
@@ -310,24 +310,6 @@ def has_stateful(state_dict: Mapping[str, Any]) -> bool:
 def find_stateful(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the Stateful values of a state dict, with their names."""
     return _StatefulSearch().find((), state_dict)
-
-
-def owns_its_state(value: object) -> bool:
-    """Return whether the state of a Stateful value belongs to it alone.
-
-    The state of a module or an optimizer, or of an object that holds one, has tensors of a model, which may have
-    changed, or which other ranks may hold.
-    """
-    attributes = list(getattr(value, "__dict__", {}).values())
-    attributes += [
-        getattr(value, slot, None) for kind in type(value).__mro__ for slot in vars(kind).get("__slots__", ())
-    ]
-    for attribute in (value, *attributes):
-        items = attribute.values() if isinstance(attribute, dict) else attribute
-        several = items if isinstance(attribute, (dict, list, tuple)) else (attribute,)
-        if any(isinstance(item, (torch.nn.Module, torch.optim.Optimizer)) for item in several):
-            return False
-    return True
 
 
 def stateful_to_state(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
