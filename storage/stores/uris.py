@@ -79,19 +79,15 @@ def check_names(uri: str) -> None:
     """Check that the store of a URI can hold objects of its names.
 
     Raises:
-        UnsupportedURIError: the path in an object store has a part that the store or its clients do not keep as it is.
+        UnsupportedURIError: the path on Azure has a part that Azure does not keep as it is.
     """
     for link in uri.split("::"):
         protocol, mark, path = link.partition("://")
-        if not mark or protocol.lower() not in OBJECT_STORES:
-            continue
-        if {".", ".."} & set(path.split("/")):
+        if mark and protocol.lower() in _AZURE and ("\\" in path or {".", ".."} & set(path.split("/"))):
             raise UnsupportedURIError(
-                f"{masked(uri)!r} has a part that is '.' or '..'. Clients of object stores change such names: pass "
+                f"{masked(uri)!r} has a backslash, or a part that is '.' or '..'. Azure changes such names: pass "
                 "another path"
             )
-        if protocol.lower() in _AZURE and "\\" in path:
-            raise UnsupportedURIError(f"{masked(uri)!r} has a backslash. Azure changes such names: pass another path")
 
 
 def join_location(location: str, folder: str) -> str:

@@ -93,7 +93,7 @@ def _run_examples(text: str, page: Path, block: Block, namespace: dict[str, Any]
 
 
 def _without_numbers(text: str) -> str:
-    return _NUMBER.sub("N", text).strip()
+    return re.sub(r"\bN (\w+?)s?\b", r"N \1", _NUMBER.sub("N", text)).strip()  # also without the plural
 
 
 def _destroy_group() -> None:

@@ -89,7 +89,7 @@ class Whole(Part):
     """A Stateful whose state is its value."""
 
     def state_dict(self) -> dict[str, Any]:
-        return self.value
+        return dict(self.value)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loaded = state
