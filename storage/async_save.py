@@ -39,7 +39,6 @@ from .tensors.state_dict import check_mapping, has_stateful
 from .writing.checkpoint_writer import SaveOptions, Written
 from .writing.object_writer import write_objects
 from .writing.staging import (
-    STAGING,
     Staging,
     default_staging_bytes,
     split_to_fit,
@@ -543,8 +542,7 @@ class _BackgroundSave:
                 return self._write_staged()
         finally:
             if self._staging is not None:
-                self._staging.finish_device_copies()
-                STAGING.put(self._staging.arena)
+                self._staging.close()
 
     def _write_staged(self) -> Written:
         assert self._staging is not None

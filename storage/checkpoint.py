@@ -236,7 +236,7 @@ class Checkpoint:
         check_is_tensor(self._source, name)
         _check_box(box)
         check_dtype(dtype)
-        _check_device(device)
+        to_device = _checked_device(device)
         if out is not None and (reason := missing_memory(out)):
             raise DestinationError(f"{name!r}: out {reason}")
         entry = self._source.entry(name)
@@ -247,7 +247,7 @@ class Checkpoint:
             )
         self._source.index([WantedBox(name, wanted)])  # checks the metadata before a tensor of this size is allocated
         if out is None:
-            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=device or "cpu")
+            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=to_device)
         elif tuple(out.shape) != wanted.sizes:
             raise ShapeMismatchError(
                 f"{name!r}: out has shape {tuple(out.shape)}, but the box {wanted} has {wanted.sizes}: pass an out "
@@ -257,7 +257,7 @@ class Checkpoint:
             raise DestinationError(
                 f"{name!r}: out has dtype {out.dtype}, but dtype={dtype} was passed: omit one of them"
             )
-        elif device is not None and torch.empty(0, device=device).device != out.device:
+        elif device is not None and to_device != out.device:
             raise DestinationError(
                 f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed: omit one of them"
             )
@@ -413,7 +413,7 @@ class Checkpoint:
         """
         selection, may_miss = Selection.of(include, exclude, rename), patterns_of("allow_missing", allow_missing)
         check_dtype(dtype)
-        _check_device(device)
+        to_device = _checked_device(device)
         check_progress(progress)
         _check_layout(layout)
 
@@ -434,7 +434,7 @@ class Checkpoint:
         for held in held_tensors:
             stored[held.name] = torch_dtype(held.entry.dtype)
             to = weight_dtype(stored[held.name], held.entry.shape, dtype)
-            local = torch.empty(held.local.shape, dtype=to, device=device or "cpu")
+            local = torch.empty(held.local.shape, dtype=to, device=to_device)
             tensors[held.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)
@@ -485,13 +485,13 @@ class Checkpoint:
         held = [entry for entry in entries if entry.is_tensor]
         wants = [WantedBox(entry.name, entry.whole) for entry in held]
         check_nbytes(budget_bytes=budget_bytes)
-        _check_device(device)
+        to_device = _checked_device(device)
         check_progress(progress)
         check_values(self._source, value_names, budget_bytes)
         # Reads and checks all metadata before tensors of these sizes are allocated.
         self._source.index([*wants, *whole_wants(self._source, value_names)])
         stored_values = ValueBuffer.of(self._source, value_names)
-        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]
+        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=to_device) for entry in held]
         with Meter("load", progress, location=self.location, rank=rank_of(None)) as meter:
             options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read, meter=meter)
             read_boxes(self._source, wants, tensors, stored_values, options)
@@ -573,7 +573,7 @@ class Checkpoint:
         return (
             f"Checkpoint({self.location!r}, {self.format}: {counted(len(self._tensors), 'tensor')}, "
             f"{counted(len(self.value_names), 'value')}, {stored / 1e6:.1f} MB stored"
-            + (f"; {len(self._source.unreadable)} names cannot be read" if self._source.unreadable else "")
+            + (f"; {counted(len(self._source.unreadable), 'name')} cannot be read" if self._source.unreadable else "")
             + ")"
         )
 
@@ -625,10 +625,10 @@ def warn_of_layout(layout: Layout, names: Iterable[str], location: str) -> None:
         )
 
 
-def _check_device(device: torch.device | str | None) -> None:
-    """Raise ArgumentError if there is no such device."""
+def _checked_device(device: torch.device | str | None) -> torch.device:
+    """Return a device; None is the CPU. Raise ArgumentError if there is no such device."""
     try:
-        torch.empty(0, device=device or "cpu")
+        return torch.empty(0, device="cpu" if device is None else device).device
     except Exception as error:  # a torch without CUDA raises AssertionError
         raise ArgumentError(f"device={str(device)!r} cannot be used: {reason(error)}") from error
 

@@ -7,11 +7,15 @@ of their zip records. Of all others, only the sizes are checked.
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
+from typing_extensions import Buffer
 
 from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
@@ -97,7 +101,8 @@ def verify(
         ]
 
     records = () if quick else records
-    largest = max((request.nbytes for request in requests), default=MAX_READ_BYTES)
+    largest = max((request.nbytes for request in requests), default=1)
+    largest = MAX_READ_BYTES if records else largest
     concurrent = max(1, min(store.capabilities.concurrent_reads, default_budget() // largest))
     meter = Meter("verify", progress, location=store.location, rank=rank_of(None))
     meter.expect(sum(read.stop - read.start for read in records or requests))
@@ -109,34 +114,52 @@ def verify(
             found += chunks
             meter.add(0 if records else request.nbytes)
             meter.tick()
-        complete = [record for record in records if not any(chunk.object == record.object for chunk in found)]
-        for record, is_damaged in zip(complete, pool.map(partial(_is_damaged, store), complete), strict=True):
-            found += _in_record(record, index) if is_damaged else []
-            meter.add(record.stop - record.start)
-            meter.tick()
+        cut_short = {chunk.object for chunk in found}
+        found += _damaged_records(
+            store, index, [record for record in records if record.object not in cut_short], pool, concurrent, meter
+        )
     logger.info("verified %s: %d chunks are damaged or missing", store.location, len(found))
     return found
 
 
-def _is_damaged(store: Store, record: RecordWithCrc) -> bool:
-    """Return whether a record does not match its CRC-32."""
+def _damaged_records(
+    store: Store, index: CheckpointIndex, records: Sequence[RecordWithCrc], pool: Pool, concurrent: int, meter: Meter
+) -> Iterator[DamagedChunk]:
+    """Yield a DamagedChunk for each tensor and value in the records that do not match their CRC-32s.
 
-    def crc() -> int:
-        found = 0
-        for start in range(record.start, record.stop, MAX_READ_BYTES):
-            stop = min(start + MAX_READ_BYTES, record.stop)
-            found = zlib.crc32(read_whole(store, record.object, start, stop), found)
-        return found
-
-    return crc() != record.crc and crc() != record.crc  # perhaps only in transit
-
-
-def _in_record(record: RecordWithCrc, index: CheckpointIndex) -> Iterator[DamagedChunk]:
-    """Yield a DamagedChunk for each tensor and value in a record."""
-    reason = f"its record {record.name!r} does not match its CRC-32"
+    Args:
+        pool: reads up to `concurrent` parts of records at once.
+    """
     boxes = {entry.name: entry.whole for entry in index.entries}
-    for name in record.entries:
-        yield DamagedChunk(name, boxes.get(name, Box((), ())), record.object, record.start, record.stop, reason)
+    parts = ((record, start) for record in records for start in range(record.start, record.stop, MAX_READ_BYTES))
+    waiting: deque[tuple[RecordWithCrc, int, Future[Buffer]]] = deque()
+    crc = 0
+    while True:
+        for record, start in islice(parts, concurrent - len(waiting)):
+            waiting.append((record, start, pool.submit(partial(_read_part, store, record, start))))
+        if not waiting:
+            return
+        record, start, part = waiting.popleft()
+        data = part.result()
+        crc = zlib.crc32(data, 0 if start == record.start else crc)
+        meter.add(memoryview(data).nbytes)
+        meter.tick()
+        if start + MAX_READ_BYTES >= record.stop and crc != record.crc and _crc(store, record) != record.crc:
+            reason = f"its record {record.name!r} does not match its CRC-32"
+            for name in record.entries or [record.name]:  # only tensors that cannot be read may use it
+                yield DamagedChunk(name, boxes.get(name, Box((), ())), record.object, record.start, record.stop, reason)
+
+
+def _crc(store: Store, record: RecordWithCrc) -> int:
+    """Read a record again, in case it was damaged in transit, and return its CRC-32."""
+    crc = 0
+    for start in range(record.start, record.stop, MAX_READ_BYTES):
+        crc = zlib.crc32(_read_part(store, record, start), crc)
+    return crc
+
+
+def _read_part(store: Store, record: RecordWithCrc, start: int) -> Buffer:
+    return read_whole(store, record.object, start, min(start + MAX_READ_BYTES, record.stop))
 
 
 def _boxes_in(index: CheckpointIndex, objects: Collection[str]) -> Iterator[WantedBox]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -107,7 +107,8 @@ def execute(
             return execution.run(interrupt, placed)
         finally:
             for device in execution.decompressing:
-                device.end_read()
+                with suppress(RuntimeError):  # the interpreter is exiting
+                    device.end_read()
 
 
 class _Execution:
@@ -144,7 +145,7 @@ class _Execution:
         budget = default_budget() if budget_bytes is None else budget_bytes
         if self._stats.decoded_by:
             on_host = any(request.on_host for request in self._requests)
-            waiting = device_budget * 3 // 8 if self.decompressing else device_budget // 2
+            waiting = device_budget * 5 // 16 if self.decompressing else device_budget // 2
             budget = min(waiting, budget) if on_host else waiting
         self._schedule = Schedule(
             self._tensors,

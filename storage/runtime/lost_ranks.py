@@ -54,8 +54,12 @@ ABSENT_BEATS = 2
 """A rank is pinged if it shows no pulse in the same call during this many checks. Each further wait is longer."""
 LENGTHENED = 4
 """How many times longer."""
-MAX_ABSENT_PINGS = PINGS - 64
-"""How many pings of a group may go to ranks that show no pulse. They can answer the others in a call."""
+MAX_ABSENT_BEATS = 60
+"""The longest wait."""
+PINGS_IN_CALL = 64
+"""How many pings are left for ranks that have shown a pulse in the call."""
+REPLACE_PINGS_S = 60.0
+"""How often a rank replaces the pings that it has answered."""
 CLOSED_BEATS = 3
 """A rank is considered lost if its connection is closed during this many checks. One is not enough: the rank
 may just have finished the call and ended its process."""
@@ -208,6 +212,9 @@ class Watch:
         """When this rank showed its last pulse, and in which call."""
         self._next = _Silence()
         self._absence = _Absence()
+        self._pings_replaced = 0
+        """How many of the pings that this rank has answered while it was absent have been replaced."""
+        self._replaced_at = time.monotonic()
         self.connections: Connections | None = None
         self._rounds = 0
         """The number of rounds of the poller at the last check; -1 if this call has not checked yet."""
@@ -252,6 +259,10 @@ class Watch:
                 self._rounds = -1  # the first check of a call begins to count
                 self._absence.begin_call()
             self._poller = poller
+        if time.monotonic() - self._replaced_at > REPLACE_PINGS_S:
+            self._replaced_at = time.monotonic()
+            with contextlib.suppress(Exception):  # the store may be lost
+                run_bounded(self._replace_pings, STORE_S)
         try:
             yield
         finally:
@@ -364,7 +375,7 @@ class Watch:
         silence, rank = self._next, (self.rank + 1) % self.size
         pulse, is_closed = self._pulse(store, rank), self.connections.is_closed(rank)
         silence.listen(pulse, self._calls, is_closed=is_closed)
-        if not is_closed and not _is_of_call(pulse, self._calls):
+        if not is_closed and not _is_of_call(pulse, self._calls) and not self._is_after_call(pulse):
             self._listen_to_absent(self.connections, rank, store)
         if silence.closed >= CLOSED_BEATS:
             self.announce([at for at in self.connections.closed() if not self._has_left(store, at)], DIED, store)
@@ -381,10 +392,23 @@ class Watch:
         """Ping the next rank, which shows no pulse in this call, from time to time. Accuse it if it does not answer."""
         absence = self._absence
         absence.listen()
-        if absence.is_due():
+        if absence.is_due() and absence.pings < PINGS - PINGS_IN_CALL + self._number(store, "replaced", rank):
             absence.ping(connections.ping(rank))
+            store.set(f"{self._prefix}/pinged/{rank}", str(absence.pings))
         elif absence.is_lost():
             self.announce([rank], f"did not respond for {SILENT_BEATS} s", store)
+
+    def _replace_pings(self) -> None:
+        """Let the previous rank ping this one as often again as it has while this rank was absent."""
+        pinged = self._number(self.store, "pinged", self.rank)
+        if self.connections is not None and pinged > self._pings_replaced:
+            self.connections.allow_pings((self.rank - 1) % self.size, pinged - self._pings_replaced)
+            self._pings_replaced = pinged
+            self.store.set(f"{self._prefix}/replaced/{self.rank}", str(pinged))
+
+    def _number(self, store: Any, kind: str, rank: int) -> int:
+        key = f"{self._prefix}/{kind}/{rank}"
+        return int(store.get(key)) if store.check([key]) else 0
 
     def _pulses(self, store: Any) -> dict[int, str]:
         """Return the pulses of the other ranks that are in the same call."""
@@ -393,7 +417,11 @@ class Watch:
 
     def _has_left(self, store: Any, rank: int) -> bool:
         """Return whether a rank has ended the call that this rank is in."""
-        number, _, beat = self._pulse(store, rank).partition(" ")
+        return self._is_after_call(self._pulse(store, rank))
+
+    def _is_after_call(self, pulse: str) -> bool:
+        """Return whether a pulse shows that its rank has ended the call that this rank is in."""
+        number, _, beat = pulse.partition(" ")
         return bool(number) and (int(number) > self._calls or (int(number) == self._calls and beat == "left"))
 
     def _pulse(self, store: Any, rank: int) -> str:
@@ -477,7 +505,8 @@ class _Absence:
     def __init__(self) -> None:
         self.answer: Any = None
         """The byte that becomes 1 when it answers the last ping; None if it has answered."""
-        self._pings = 0
+        self.pings = 0
+        """How many pings were sent."""
         self._beats = 0
         """The number of checks since the last ping or answer in this call."""
         self._wait = ABSENT_BEATS
@@ -495,14 +524,14 @@ class _Absence:
 
     def is_due(self) -> bool:
         """Return whether to ping it now. One that has never answered may not have created its connections yet."""
-        is_next = self._has_answered and self.answer is None and self._beats >= self._wait
-        return is_next and self._pings < MAX_ABSENT_PINGS
+        return self._has_answered and self.answer is None and self._beats >= self._wait
 
     def ping(self, answer: Any) -> None:
+        """Note that it was pinged."""
         self.answer = answer
-        self._pings += 1
+        self.pings += 1
         self._beats = 0
-        self._wait *= LENGTHENED
+        self._wait = min(LENGTHENED * self._wait, MAX_ABSENT_BEATS)
 
     def is_lost(self) -> bool:
         """Return whether it has not answered a ping for too long."""

@@ -63,7 +63,7 @@ def unpin(memory: ByteArray) -> None:
 
 def _forget_error() -> None:
     """Let the next operation of this thread on a device report no earlier error, as CUDA otherwise does."""
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(Exception):
         torch.zeros(1, device="cuda")
 
 

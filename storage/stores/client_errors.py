@@ -105,9 +105,8 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         return ObjectNotFoundError(f"{location} has no object {name!r}")
     kind = type(error).__name__
     text = str(error)
-    is_unsupported = (
-        isinstance(error, NotImplementedError) or "unexpected keyword argument 'mode'" in text
-    )  # such as zip
+    is_of_zip = doing == "write" and "ZipFile.writestr() got an unexpected" in text  # fsspec opens it to read
+    is_unsupported = isinstance(error, NotImplementedError) or is_of_zip
     reason = "its filesystem does not support that" if is_unsupported else f"{kind}: {_message(error)}"
     is_denied = isinstance(error, PermissionError) or "Credential" in kind or kind in _ACCESS_DENIED_CLASSES
     if is_denied or not _ACCESS_DENIED_CODES.isdisjoint((_code(error), _status(error))):

@@ -256,8 +256,7 @@ class Staging:
         try:
             staging._begin(loaded)
         except BaseException:
-            staging.finish_device_copies()
-            STAGING.put(staging.arena)
+            staging.close()
             raise
         return staging
 
@@ -291,11 +290,17 @@ class Staging:
             else:
                 _copy(chain.from_iterable(groups))
         finally:
-            self.finish_device_copies()
+            self._wait_for_devices()
         self._host = []
 
-    def finish_device_copies(self) -> None:
-        """Wait until the copies from devices that were started are done: the arena must not be used before."""
+    def close(self) -> None:
+        """Return the arena, when the copies from devices that were started are done."""
+        try:
+            self._wait_for_devices()
+        finally:
+            STAGING.put(self.arena)
+
+    def _wait_for_devices(self) -> None:
         for copies in self._device:
             copies.wait()
         self._device = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -169,3 +172,43 @@ def test_verify_accepts_files_without_crc32(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:-1000])
     with pytest.raises(reshard.errors.CorruptCheckpointError):
         reshard.open(tmp_path / "w.pt")
+
+
+def test_verify_reports_records_that_only_unreadable_tensors_use(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"sparse": torch.eye(40).to_sparse(), "w": torch.ones(3)}, path)
+    checkpoint = reshard.open(path)
+    assert list(checkpoint.unreadable) == ["sparse"]
+    assert checkpoint.verify() == []
+    begin, _ = records_of(path)["data/1"]
+    flip(path, begin)
+    (damaged,) = reshard.open(path).verify()
+    assert (damaged.tensor, damaged.start) == ("w/data/1", begin)
+
+
+def test_verify_reads_parts_of_records_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "MAX_READ_BYTES", 1 << 16)
+    monkeypatch.setattr(verify, "default_budget", lambda: 3 << 16)
+    content = io.BytesIO()
+    torch.save({f"w{i}": torch.randn(50_000)[:10] for i in range(6)}, content)
+    memory = MemoryStore()
+    memory.put("w.pt", content.getvalue(), overwrite=True)
+    lock, reading, most = threading.Lock(), 0, 0
+
+    class Counting(RecordingStore):
+        def read(self, name: str, start: int, stop: int) -> Any:
+            nonlocal reading, most
+            with lock:
+                reading += stop - start
+                most = max(most, reading)
+            time.sleep(0.001)
+            try:
+                return super().read(name, start, stop)
+            finally:
+                with lock:
+                    reading -= stop - start
+
+    checkpoint = reshard.open(Counting(memory))
+    most = 0
+    assert checkpoint.verify() == []
+    assert 1 << 16 < most <= 3 << 16, "several at once"

@@ -66,6 +66,7 @@ class NvcompDecompressor:
         except Exception as error:
             if not _is_out_of_memory(error):
                 logger.warning("nvCOMP cannot be used, so the host decompresses: %s: %s", type(error).__name__, error)
+                found._thread.shutdown(wait=False)
                 return None
         found.release()
         return found
