@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,37 @@ class _LackingItem:
     """Whether it is a new item of a list. Otherwise it is a new key of a dict, or an empty dict."""
 
 
+class _Container:
+    """A dict or list in a state.
+
+    Args:
+        value: the dict or list.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.is_list = isinstance(value, list)
+        self._has_names = isinstance(value, Mapping) and any(isinstance(key, str) for key in value)
+        if self.is_list:
+            self._is_open = all(map(_is_plain, value))
+        else:  # tensors may be those of a model
+            self._is_open = isinstance(value, dict) and not any(isinstance(v, torch.Tensor) for v in value.values())
+
+    def accepts(self, part: str | int | Key, *, is_tensor: bool) -> bool:
+        """Return whether it may receive an item that contains an entry of the checkpoint.
+
+        Args:
+            part: the last part of the path to the item.
+            is_tensor: whether the entry is a tensor.
+        """
+        if not self._is_open:
+            return False
+        if self.is_list:
+            return isinstance(part, int) and part >= len(self.value)
+        is_key = isinstance(part, Key) or (isinstance(part, str) and self._has_names)  # DCP turns numbers into strings
+        return is_key and not is_tensor and _key_of(part) not in self.value
+
+
 class LackingItems:
     """What dicts and lists in the states of Stateful values can receive from a checkpoint in addition.
 
@@ -34,7 +65,7 @@ class LackingItems:
     - A list, inside a state, can receive further items.
 
     The keys of the state itself are fixed by its class, and dicts of tensors may be those of a model: what they lack
-    stays in `unexpected_keys`. So does what cannot be read.
+    stays in `unexpected_keys`. So does what cannot be read, or would exceed the budget for values.
 
     Args:
         match: where the names of the state dict are in the checkpoint.
@@ -64,8 +95,15 @@ class LackingItems:
         """Let the states receive some of the names that they lack: those that no other rank has."""
         lengths: dict[int, int] = {}
         added: list[tuple[Leaf, list[str]]] = []
+        budget_bytes = self._options.budget_bytes
+        needed = [*self._match.present, *(name for _, items in self._match.containers for name in items)]
+        left = None if budget_bytes is None else budget_bytes - self._value_bytes(needed)
         for item in self._items:
             found = [name for name in item.names if name in names]
+            if left is not None:
+                left -= self._value_bytes(found)
+                if left < 0:
+                    break
             container = item.leaf.container
             if item.is_appended and found:
                 length = lengths.get(id(container), len(container))
@@ -76,6 +114,11 @@ class LackingItems:
                 added.append((item.leaf, found))
         if added:
             self._match.add_containers(added)
+
+    def _value_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes of the entries that are not tensors."""
+        entries = map(self._match.entry, names)
+        return sum(entry.numel for entry in entries if not entry.is_tensor)
 
     def _in_empty_dicts(self) -> Iterator[_LackingItem]:
         for name, leaf in self._match.wanted.items():
@@ -92,51 +135,44 @@ class LackingItems:
             if name.startswith(self._in_stateful)
             and not name.startswith(self._in_optimizers)
             and name not in in_empty_dicts
-            and self._can_be_read(name)
+            and name in self._match.stored_names  # not inside a value that was decoded
         ]
-        containers = containers_of(states) if lacking else {}
-        own_names = set(map(name_of, containers))
-        found: dict[Path, _LackingItem] = {}
+        found = containers_of(states) if lacking else {}
+        own_names = set(map(name_of, found))
+        containers: dict[Path, _Container] = {}
+        items: dict[Path, _LackingItem] = {}
         refused: set[Path] = set()
         for name in lacking:
             path = renamed_path(self._match.source.paths.get(self._match.stored_names[name], ()), name) or ()
-            depth = next((n for n in range(len(path) - 1, 0, -1) if path[:n] in containers), 0)
+            depth = next((n for n in range(len(path) - 1, 0, -1) if path[:n] in found), 0)
             if not depth or name_of(path[:depth]) in self._stateful:
                 continue
             place, part = path[: depth + 1], path[depth]
-            container = containers[path[:depth]]
-            if CLASS in path or name_of(place) in own_names or not self._may_receive(container, part, name):
+            if not self._can_be_read(name):
                 refused.add(place)
                 continue
-            key = part.value if isinstance(part, Key) else part
-            item = _LackingItem(Leaf(place, container, key, None), [], isinstance(container, list))
-            found.setdefault(place, item).names.append(name)
-        items = [item for place, item in found.items() if place not in refused]
-        return sorted(items, key=lambda item: item.leaf.key if item.is_appended else -1)
-
-    def _may_receive(self, container: Any, part: str | int | Key, name: str) -> bool:
-        """Return whether a dict or list can receive an item that contains an entry of the checkpoint."""
-        if isinstance(container, list):
-            is_new = isinstance(part, int) and part >= len(container)
-            return is_new and all(_is_plain(item) for item in container)
-        if not isinstance(container, dict) or isinstance(part, int) or self._match.entry(name).is_tensor:
-            return False
-        is_new = (part.value if isinstance(part, Key) else part) not in container
-        # DCP stores all keys as strings.
-        are_of_its_kind = isinstance(part, Key) or any(isinstance(key, str) for key in container)
-        return is_new and are_of_its_kind and not any(isinstance(item, torch.Tensor) for item in container.values())
+            if path[:depth] not in containers:
+                containers[path[:depth]] = _Container(found[path[:depth]])
+            container = containers[path[:depth]]
+            accepts = container.accepts(part, is_tensor=self._match.entry(name).is_tensor)
+            if not accepts or name_of(place) in own_names or CLASS in path:
+                refused.add(place)  # rather than receive only a part of an item
+                continue
+            leaf = Leaf(place, container.value, _key_of(part), None)
+            items.setdefault(place, _LackingItem(leaf, [], container.is_list)).names.append(name)
+        kept = [item for place, item in items.items() if place not in refused]
+        return sorted(kept, key=lambda item: item.leaf.key if item.is_appended else -1)
 
     def _can_be_read(self, name: str) -> bool:
         """Return whether a load can read an entry that it does not need."""
-        stored = self._match.stored_names.get(name)
-        if stored is None or stored in self._match.source.unreadable:  # or inside a value that was decoded
+        stored = self._match.stored_names[name]
+        if stored in self._match.source.unreadable:
             return False
-        entry = self._match.source.entry(stored)
-        if entry.is_tensor:
-            return True
-        budget_bytes = self._options.budget_bytes
-        fits = budget_bytes is None or entry.numel <= budget_bytes
-        return fits and (entry.kind is not Kind.TORCH_SAVE or self._options.allow_pickle)
+        return self._match.source.entry(stored).kind is not Kind.TORCH_SAVE or self._options.allow_pickle
+
+
+def _key_of(part: str | int | Key) -> Any:
+    return part.value if isinstance(part, Key) else part
 
 
 def _is_plain(value: Any) -> bool:

@@ -100,6 +100,7 @@ REFUSED: dict[str, tuple[Part, Part, Any]] = {
     "tensors of a model": (Part({"m": {"w": ONE, "head": TWO}}), Part({"m": {"w": 0 * ONE}}), {"m": {"w": ONE}}),
     "values beside tensors": (Part({"w": ONE, "x": 1}), Part({"w": 0 * ONE}), {"w": ONE}),
     "a dict with a tensor": (Part({"a": 1, "b": {"c": 2, "d": ONE}}), Part({"a": 0}), {"a": 1}),
+    "an item with a pickled value": (Part({"a": 1, "b": {"c": 1, "d": Custom(2)}}), Part({"a": 0}), {"a": 1}),
     "a pickled value": (Part({"a": 1, "b": Custom(2)}), Part({"a": 0}), {"a": 1}),
     "a tensor of several parts": (Part([ONE, Flattened.of(4, 4)]), Part([0 * ONE]), [ONE]),
 }
