@@ -336,8 +336,7 @@ class DeviceCopies:
                     for to, values in self._pairs:
                         to.copy_(values, non_blocking=True)
             finally:  # also of the copies before one that failed
-                self._done = torch.cuda.Event(blocking=True)
-                self._done.record(stream)
+                self._done = stream.record_event(torch.cuda.Event(blocking=True))
 
     def wait(self) -> None:
         """Wait on the host until the copies that were started are done."""

@@ -130,7 +130,7 @@ class FakeStream:
     def wait_stream(self, other: str) -> None:
         self.calls.append(f"wait for {other}")
 
-    def record_event(self) -> FakeStream:
+    def record_event(self, event: object) -> FakeStream:
         self.calls.append("record")
         return self
 
@@ -176,13 +176,32 @@ def test_a_forked_child_does_not_keep_the_memory() -> None:
     STAGING.put(arena)
 
 
-def test_copies_from_a_device_use_one_separate_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether CUDA copies correctly is shown by `benchmarks/async_save.py --device cuda`."""
+@pytest.fixture
+def fake_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(staging.DeviceCopies, "_streams", {})
     FakeStream.calls.clear()
+
+
+@pytest.mark.usefixtures("fake_streams")
+def test_copies_before_one_that_fails_are_waited_for() -> None:
+    """Otherwise they would write to memory that another save uses."""
+    copies = staging.DeviceCopies(torch.device("cpu"))
+    copies.add(torch.zeros(3), torch.ones(3))
+    copies.add(torch.zeros(3), torch.ones(4))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        copies.start()
+    assert FakeStream.calls[-1] == "record"
+    copies.wait()
+    assert FakeStream.calls[-1] == "wait"
+
+
+@pytest.mark.usefixtures("fake_streams")
+def test_copies_from_a_device_use_one_separate_stream() -> None:
+    """Whether CUDA copies correctly is shown by `benchmarks/async_save.py --device cuda`."""
     for _ in range(2):
         copies = staging.DeviceCopies(torch.device("cpu"))
         to, values = torch.zeros(3, 2), torch.randn(2, 3).t()
