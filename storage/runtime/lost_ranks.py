@@ -1,23 +1,23 @@
 """Ranks that died: how the others notice, and how all of them learn which rank it was.
 
-The key-value store of the process group has two kinds of keys for each group. `pulse/{rank}` changes every second while
-the rank is in a collective call of reshard. `lost` names the ranks that died. The first rank that notices writes it,
-and all others find it within a second. It is never removed, since a group that has lost a rank is of no use any more.
+The key-value store of the process group has keys for each group. `pulse/{rank}` changes every second while the rank is
+in a collective call of reshard. `lost` names the ranks that died. The first rank that notices writes it, and all others
+find it within a second. It is never removed, since a group that has lost a rank is of no use any more. `pinged/{rank}`
+and `replaced/{rank}` count pings.
 
 Each rank watches the next one, so that the store serves a constant number of requests for each rank. A process that
 died has closed its connections. A process that was stopped, or whose machine is lost, has no pulse, and does not answer
 a ping. A process that is in a call of C code for long has no pulse either, but it answers: see `Connections.ping`. So
-does a process that has not made the call yet. It may be busy with something else for hours, so it is pinged less and
-less often.
+does a process that has not made the call yet. It may be busy with something else for hours, so it is pinged ever less
+often, down to once per minute.
 
 A thread per process reads and writes these keys. No other thread waits for the store, which may be lost, too.
 
 - `Poller`: that thread, one for each store. It serves all objects that are `Polled`.
 - `Watch`: one for each process group. It knows which ranks are lost.
 - `Lookout`: for a thread that waits for other ranks outside a collective call. It asks the `Watch`.
-- `_Silence`: what a rank knows about the next one while that is in the same call, such as for how long its pulse has
-  not changed.
-- `_Absence`: what a rank knows about the next one while that shows no pulse in the same call.
+
+`neighbour.py` has what a rank knows about the next one.
 """
 
 from __future__ import annotations
@@ -38,31 +38,18 @@ from torch.distributed import distributed_c10d
 from ..errors import RankError
 from .connections import PINGS, Connections
 from .forks import after_fork_in_child
+from .neighbour import CLOSED_BEATS, PINGED_BEATS, SILENT_BEATS, Absence, Silence, is_of_call
 from .threads import run_bounded
 
 TICK_S = 0.5
 """How often the keys are read."""
 TICKS_PER_BEAT = 2
-SILENT_BEATS = 8
-"""A rank is considered lost if its pulse does not change during this many checks. Checks are counted instead of
-seconds, so that a process that was suspended does not accuse others."""
 SILENT_S = float(SILENT_BEATS)
 """A store is considered lost if it has not answered for this long."""
-PINGED_BEATS = 3
-"""In how many of these checks a rank may answer a ping."""
-ABSENT_BEATS = 2
-"""A rank is pinged if it shows no pulse in the same call during this many checks. Each further wait is longer."""
-LENGTHENED = 4
-"""How many times longer."""
-MAX_ABSENT_BEATS = 60
-"""The longest wait."""
 PINGS_IN_CALL = 64
 """How many pings are left for ranks that have shown a pulse in the call."""
 REPLACE_PINGS_S = 60.0
 """How often a rank replaces the pings that it has answered."""
-CLOSED_BEATS = 3
-"""A rank is considered lost if its connection is closed during this many checks. One is not enough: the rank
-may just have finished the call and ended its process."""
 LOOK_EVERY_S = 1.0
 """How often `Lookout` looks."""
 DIED = "died or left"
@@ -210,8 +197,8 @@ class Watch:
         self._has_pulse = False
         self._beat = 0.0, -1
         """When this rank showed its last pulse, and in which call."""
-        self._next = _Silence()
-        self._absence = _Absence()
+        self._next = Silence()
+        self._absence = Absence()
         self._pings_replaced = 0
         """How many of the pings that this rank has answered while it was absent have been replaced."""
         self._replaced_at = time.monotonic()
@@ -238,7 +225,7 @@ class Watch:
         if self.connections is None or not self.connections.belong_to(messages):
             self.connections = Connections(messages, self.rank, self.size)
             self.connections.allow_pings((self.rank - 1) % self.size, PINGS)
-            self._absence = _Absence()
+            self._absence = Absence()
             self._absence.answer = self.connections.ping((self.rank + 1) % self.size)
         return self.connections
 
@@ -375,7 +362,7 @@ class Watch:
         silence, rank = self._next, (self.rank + 1) % self.size
         pulse, is_closed = self._pulse(store, rank), self.connections.is_closed(rank)
         silence.listen(pulse, self._calls, is_closed=is_closed)
-        if not is_closed and not _is_of_call(pulse, self._calls) and not self._is_after_call(pulse):
+        if not is_closed and not is_of_call(pulse, self._calls) and not self._is_after_call(pulse):
             self._listen_to_absent(self.connections, rank, store)
         if silence.closed >= CLOSED_BEATS:
             self.announce([at for at in self.connections.closed() if not self._has_left(store, at)], DIED, store)
@@ -413,7 +400,7 @@ class Watch:
     def _pulses(self, store: Any) -> dict[int, str]:
         """Return the pulses of the other ranks that are in the same call."""
         pulses = {rank: self._pulse(store, rank) for rank in range(self.size) if rank != self.rank}
-        return {rank: pulse for rank, pulse in pulses.items() if _is_of_call(pulse, self._calls)}
+        return {rank: pulse for rank, pulse in pulses.items() if is_of_call(pulse, self._calls)}
 
     def _has_left(self, store: Any, rank: int) -> bool:
         """Return whether a rank has ended the call that this rank is in."""
@@ -477,68 +464,3 @@ class Lookout:
                 self._watch.announce(lost, DIED, store)
         if self._watch.lost is not None:
             raise self._watch.broken()
-
-
-class _Silence:
-    """What a rank knows about the next one."""
-
-    def __init__(self) -> None:
-        self.pulse = ""
-        self.beats = 0
-        """In how many checks its pulse has not changed."""
-        self.closed = 0
-        """In how many checks its connection was closed while it was in the same call."""
-        self.answer: Any = None
-        """The byte that becomes 1 when it answers the last ping."""
-        self.others: dict[int, str] = {}
-        """The pulses of all ranks at that time."""
-
-    def listen(self, pulse: str, call: int, *, is_closed: bool) -> None:
-        self.closed = self.closed + 1 if is_closed and not pulse.endswith("left") else 0
-        self.beats = self.beats + 1 if pulse == self.pulse and _is_of_call(pulse, call) else 0
-        self.pulse = pulse
-
-
-class _Absence:
-    """What a rank knows about the next one while that shows no pulse in the same call."""
-
-    def __init__(self) -> None:
-        self.answer: Any = None
-        """The byte that becomes 1 when it answers the last ping; None if it has answered."""
-        self.pings = 0
-        """How many pings were sent."""
-        self._beats = 0
-        """The number of checks since the last ping or answer in this call."""
-        self._wait = ABSENT_BEATS
-        self._has_answered = False
-
-    def begin_call(self) -> None:
-        """Count from now on, and ping soon again."""
-        self._beats, self._wait = 0, ABSENT_BEATS
-
-    def listen(self) -> None:
-        """Find out whether it has answered."""
-        self._beats += 1
-        if self.answer is not None and self.answer[0]:
-            self.answer, self._beats, self._has_answered = None, 0, True
-
-    def is_due(self) -> bool:
-        """Return whether to ping it now. One that has never answered may not have created its connections yet."""
-        return self._has_answered and self.answer is None and self._beats >= self._wait
-
-    def ping(self, answer: Any) -> None:
-        """Note that it was pinged."""
-        self.answer = answer
-        self.pings += 1
-        self._beats = 0
-        self._wait = min(LENGTHENED * self._wait, MAX_ABSENT_BEATS)
-
-    def is_lost(self) -> bool:
-        """Return whether it has not answered a ping for too long."""
-        return self._has_answered and self.answer is not None and self._beats >= SILENT_BEATS
-
-
-def _is_of_call(pulse: str, call: int) -> bool:
-    """Return whether a pulse shows that its rank is in this call."""
-    number, _, beat = pulse.partition(" ")
-    return number == str(call) and beat != "left"

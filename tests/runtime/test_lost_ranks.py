@@ -30,7 +30,8 @@ from reshard.errors import RankError
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime import lost_ranks, process_group
 from reshard.storage.runtime.connections import PINGS
-from reshard.storage.runtime.lost_ranks import SILENT_BEATS, Watch, _Absence
+from reshard.storage.runtime.lost_ranks import Watch
+from reshard.storage.runtime.neighbour import SILENT_BEATS, Absence
 from reshard.storage.runtime.process_group import Collectives, on_all_ranks
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
@@ -224,7 +225,7 @@ def test_rank_that_is_late_is_not_lost(ranks: RankPool) -> None:
 
 
 def test_a_rank_is_pinged_less_often_while_it_is_absent() -> None:
-    absence, pinged = _Absence(), list[int]()
+    absence, pinged = Absence(), list[int]()
     absence.answer = torch.ones(1)  # the first ping
     for beat in range(300):
         absence.listen()
@@ -259,7 +260,7 @@ def test_pings_that_a_late_rank_has_answered_are_replaced(ranks: RankPool) -> No
 
 
 def test_a_rank_that_has_never_answered_is_not_accused() -> None:
-    absence = _Absence()
+    absence = Absence()
     absence.answer = torch.zeros(1)
     for _ in range(1000):
         absence.listen()
