@@ -27,6 +27,7 @@ from ..planner.errors import CheckpointError
 from ..planner.text import quoted
 from .errors import ArgumentError, BusyError, UnsupportedValueError
 from .formats.value_codec import encode_value
+from .runtime.devices import synchronize
 from .runtime.logs import logger_of
 from .runtime.process_group import raises_portable, rank_of
 from .runtime.torch_modes import undisturbed
@@ -154,9 +155,12 @@ class StorageWriter(dcp.StorageWriter):
         """
         state = getattr(planner, "state_dict", {})
         refuse_misplaced(state)
-        for name in {item.index.fqn for item in plan.items}:
-            if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
+        tensors = {item.index.fqn: state.get(item.index.fqn) for item in plan.items}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) and is_whole(tensor._local_tensor):
                 as_storable(name, tensor._local_tensor)
+        for device in {tensor.device for tensor in tensors.values() if isinstance(tensor, torch.Tensor)}:
+            synchronize(device)  # a planner may compute with the values, in other threads and on other streams
         shards = [_shard_to_write(item, planner) for item in plan.items]
         self._writer.announce(shards)
         return shards

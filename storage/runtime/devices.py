@@ -25,14 +25,12 @@ def synchronize(device: torch.device) -> None:
 class DeviceWaits:
     """Waits for the values of tensors on devices, from several threads.
 
-    A device as a whole is waited for only once, and the current one at once. After that, a thread waits only for what
-    it has queued itself: the values are copied to the host meanwhile, and other threads need not wait for that.
+    A device as a whole is waited for only once. After that, a thread waits only for what it has queued itself: values
+    are copied to the host meanwhile, and other threads need not wait for that.
     """
 
     def __init__(self) -> None:
         self._waited: set[torch.device] = set()
-        if torch.cuda.is_initialized():
-            self.wait(torch.device("cuda", torch.cuda.current_device()))
 
     def wait(self, device: torch.device) -> None:
         """Wait for values that were queued before this object was created, or by this thread."""
