@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..planner.errors import CheckpointError
 from .errors import ArgumentError, BusyError, nearest
 from .runtime.arguments import check_choice, check_nbytes
-from .runtime.background import BackgroundThread
+from .runtime.background import BackgroundThread, is_exiting
 from .runtime.forks import generation
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -343,6 +343,8 @@ def async_save_with(
     background: str = "process",
 ) -> AsyncSave:
     """Save a state dict while training goes on. See `async_save`."""
+    if is_exiting():
+        raise ArgumentError("the interpreter is exiting and runs nothing in the background: use reshard.save")
     ranks = _Ranks.of(process_group)
     last = ranks.last
     if busy == "wait" and last is not None:

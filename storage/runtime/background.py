@@ -15,6 +15,8 @@ logger = logger_of(__name__)
 
 _running: set[BackgroundThread] = set()
 _at_exit: list[Callable[[], object]] = []
+_has_waited = False
+"""Whether the interpreter is exiting, and has waited for the background threads or is about to."""
 
 
 class BackgroundThread:
@@ -54,8 +56,15 @@ def call_at_exit(callback: Callable[[], object]) -> None:
     _at_exit.append(callback)
 
 
+def is_exiting() -> bool:
+    """Return whether the interpreter is exiting and waits for no further background threads."""
+    return _has_waited
+
+
 def _wait_at_exit() -> None:
     """Wait for the background threads. Ctrl-C ends the wait."""
+    global _has_waited
+    _has_waited = True
     threads = list(_running)
     if threads:
         logger.info("waiting for %d saves to end before the interpreter exits", len(threads))
@@ -71,7 +80,10 @@ def _wait_at_exit() -> None:
 # The callbacks of `atexit` are too late: the executors of concurrent.futures, which clients of stores use, accept no
 # tasks then. The callbacks of `threading` run before, the last one registered first.
 importlib.import_module("concurrent.futures.thread")
-getattr(threading, "_register_atexit", atexit.register)(_wait_at_exit)
+try:
+    getattr(threading, "_register_atexit", atexit.register)(_wait_at_exit)
+except RuntimeError:  # this module is imported by a callback of `atexit`
+    _has_waited = True
 
 
 def _forget_threads() -> None:

@@ -58,6 +58,27 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseMark:
+    """Identifies the object of a lease. A rank that reads it sees the same location as the holder."""
+
+    name: str
+    id: str
+
+    def is_in(self, store: Store) -> bool:
+        """Return whether a store has the object. Another one, of an earlier lease, may have its name."""
+        holder = _holder_in(store, self.name)
+        return holder is not None and holder.id == self.id
+
+
+def _holder_in(store: Store, name: str) -> Holder | None:
+    """Return the holder of a lease; None if the object is gone or cannot be understood."""
+    try:
+        return Holder(**json.loads(bytes(store.read(name, 0, _MAX_BYTES))))
+    except (ObjectNotFoundError, ValueError, TypeError):
+        return None
+
+
 def _start_of(pid: int) -> str | None:
     """Return when a process started, in ticks since boot; None if there is no such process or it has ended."""
     try:
@@ -129,9 +150,9 @@ class Lease:
         self._pool.submit(self._keep_renewing, renew_every_s)
 
     @property
-    def name(self) -> str:
-        """The name of the object."""
-        return _name(self._number)
+    def mark(self) -> LeaseMark:
+        """Identifies the object of this lease."""
+        return LeaseMark(_name(self._number), self._holder.id)
 
     def check(self) -> None:
         """Raise RunInUseError if another manager has taken the lease over. This lists the objects of the lease."""
@@ -252,12 +273,8 @@ class Lease:
         return [int(name[1]) for name in found if name]
 
     def _read(self, number: int) -> Holder | None:
-        """Return the holder of a lease; None if the object is gone or cannot be understood."""
-        try:
-            data = bytes(self._store.read(_name(number), 0, _MAX_BYTES))
-            return Holder(**json.loads(data))
-        except (ObjectNotFoundError, ValueError, TypeError):
-            return None
+        """See `_holder_in`."""
+        return _holder_in(self._store, _name(number))
 
     def _write(self, number: int, holder: Holder, *, overwrite: bool) -> None:
         data = json.dumps(asdict(holder)).encode()

@@ -26,6 +26,7 @@ from ..load import load
 from ..maintenance.catalog import location_of
 from ..reading.load_options import LoadOptions
 from ..runtime.arguments import check_choice, check_flags, check_nbytes
+from ..runtime.background import is_exiting
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Collectives, is_distributed, on_all_ranks, on_rank_0, rank_of
@@ -40,8 +41,8 @@ from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
 from ..writing.checkpoint_writer import SaveOptions
 from .calls import News, RestoreCall, SaveCall, SaveOrder, candidates_for, order_for
-from .lease import Lease
-from .manager_threads import ManagerThreads
+from .lease import Lease, LeaseMark
+from .manager_threads import ManagerThreads, wait_for_dropped
 from .mirror import MirrorCopier, remove_own_leftovers, remove_own_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
 from .requested_saves import SAVE, STOP, RequestedSaves, StopSignals, checked_signals
@@ -156,6 +157,7 @@ class CheckpointManager:
         self._signals = StopSignals((), partial(self._requested.request, STOP))
         self._threads = ManagerThreads(self, self._requested.close)
         try:
+            wait_for_dropped()
             self._is_shared = self._take_leases()
             self._copier = self._open_mirror()
             self._saved = self._open_run()
@@ -183,14 +185,14 @@ class CheckpointManager:
             atexit.register(_release_at_exit, weakref.ref(lease))
             return lease
 
-        def take_both() -> str:
+        def take_both() -> LeaseMark:
             self._root_lease = take(self._root, self._storage_options)
             if self._mirror is not None:
                 self._mirror_lease = take(self._mirror, self._mirror_options)
-            return self._root_lease.name
+            return self._root_lease.mark
 
-        name = on_rank_0(take_both, self._group)
-        sees = on_all_ranks(lambda: exists(open_store(self._root, self._storage_options), name), self._group)
+        mark = on_rank_0(take_both, self._group)
+        sees = on_all_ranks(lambda: mark.is_in(open_store(self._root, self._storage_options)), self._group)
         is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
         if not all(sees) and (self._mirror is None or not is_local):
             raise ArgumentError(
@@ -599,7 +601,7 @@ class CheckpointManager:
         options = replace(self._save_options, overwrite=order.decision.overwrite, metadata=order.metadata)
         if self._root_lease is not None:  # another manager may take over the run while this one writes
             options = replace(options, before_commit=self._root_lease.check)
-        if self._asynchronous:
+        if self._asynchronous and not is_exiting():
             return async_save_with(state_dict, uri, options, self._group, **self._async_options)
         return save_with(state_dict, uri, options, self._group)
 

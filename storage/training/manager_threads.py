@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 
 from ..runtime.background import BackgroundThread
-from ..runtime.forks import generation
+from ..runtime.forks import after_fork_in_child, generation
 from ..runtime.logs import logger_of
 
 logger = logger_of(__name__)
+
+_ending: set[threading.Event] = set()
+"""One for each manager that was dropped and is being ended."""
+after_fork_in_child(_ending.clear)
 
 
 class ManagerThreads:
@@ -41,12 +46,25 @@ def _end_dropped(waits: Sequence[Callable[[], object]], ends: Sequence[Callable[
     The garbage collector calls this in any thread, which may hold locks. So a new thread does the work.
     """
 
+    ended = threading.Event()
+
     def work() -> None:
-        for function in (*waits, *ends):
-            try:
-                function()
-            except Exception as error:
-                logger.warning("a CheckpointManager that was dropped could not be ended: %s", error)
+        try:
+            for function in (*waits, *ends):
+                try:
+                    function()
+                except Exception as error:
+                    logger.warning("a CheckpointManager that was dropped could not be ended: %s", error)
+        finally:
+            _ending.discard(ended)
+            ended.set()
 
     if created_in == generation():  # a forked child has no threads to end
+        _ending.add(ended)
         BackgroundThread(work, "reshard-dropped")
+
+
+def wait_for_dropped() -> None:
+    """Wait until the managers of this process that were dropped have ended, and so have their saves."""
+    for ended in list(_ending):
+        ended.wait()

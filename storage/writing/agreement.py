@@ -83,6 +83,26 @@ def agreed_paths(described: Mapping[int, Mapping[str, EntryDescription]]) -> dic
     return {name: value.path for name, (_, value) in first.items() if value.path not in containers}
 
 
+def uneven_lists(described: Sequence[Mapping[str, EntryDescription]]) -> list[str]:
+    """Return the names of lists that have items on several ranks, but not equally many.
+
+    Args:
+        described: descriptions of entries by name. Of ranks with the same descriptions, one suffices.
+    """
+    first: dict[Path, int] = {}
+    found: dict[Path, None] = {}
+    for values in described if len(described) > 1 else ():
+        lengths: dict[Path, int] = {}
+        for value in values.values():
+            for at, part in enumerate(value.path):
+                if type(part) is int:
+                    lengths[value.path[:at]] = max(part + 1, lengths.get(value.path[:at], 0))
+        for path, length in lengths.items():
+            if first.setdefault(path, length) != length:
+                found[path] = None
+    return list(map(name_of, found))
+
+
 def check_same_metadata(metadata: Sequence[str]) -> None:
     """Check that all ranks passed the same metadata.
 

@@ -18,7 +18,7 @@ from ...planner.box import Box, IntArray, concat_ranges, first_elements
 from ...planner.entries import ITEMSIZES
 from ...planner.index_checks import tile
 from ..errors import ArgumentError
-from .agreement import EntryDescription, agreed_paths, pack_descriptions, unpack_descriptions
+from .agreement import EntryDescription, agreed_paths, pack_descriptions, uneven_lists, unpack_descriptions
 
 SMALL_REPLICA_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them. So entries that belong together come from one
@@ -77,9 +77,11 @@ class GlobalPlan:
     """For each rank, the positions in `entries` of the entries that it holds; -1 for one that is not saved."""
     largest_sizes: list[bytes]
     """For each rank, the sizes of the largest shard of each entry that it holds, packed."""
+    uneven_lists: list[str]
+    """The names of lists that have different numbers of items on different ranks."""
 
     def differing(self, digests: Sequence[bytes]) -> list[str]:
-        """Return the names of entries that several ranks hold, but not with the same checksum.
+        """Return the names of entries that several ranks hold, but not with the same checksum, and of uneven lists.
 
         Args:
             digests: for each rank, `HeldShards.digests`.
@@ -91,7 +93,7 @@ class GlobalPlan:
         ids, starts, sums = ids[order], starts[order], sums[order]
         differ = (ids[1:] == ids[:-1]) & (starts[1:] == starts[:-1]) & (sums[1:] != sums[:-1]) & (ids[1:] >= 0)
         names = list(self.entries)
-        return [names[at] for at in np.unique(ids[1:][differ]).tolist()]
+        return [*(names[at] for at in np.unique(ids[1:][differ]).tolist()), *self.uneven_lists]
 
 
 def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
@@ -121,7 +123,11 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
     masks = [_mask(shards.positions[chosen[begin:end]]) for begin, end in pairwise(bounds)]
     largest = _pack_largest_sizes(entries, shards, chosen, ids)
     return GlobalPlan(
-        entries, masks, [ids[of_rank.entries] for of_rank in held], [largest[of_rank.entries] for of_rank in held]
+        entries,
+        masks,
+        [ids[of_rank.entries] for of_rank in held],
+        [largest[of_rank.entries] for of_rank in held],
+        uneven_lists(list(tables.values())),
     )
 
 

@@ -210,6 +210,24 @@ def test_ranks_may_hold_different_names(ranks: RankPool, tmp_path: Path) -> None
     assert found == str(expected)
 
 
+def save_lists(uri: str) -> list[tuple[str, ...]]:
+    rank = dist.get_rank()
+    one, many = [torch.ones(1)], [torch.ones(1)] * 3
+    states: tuple[dict[str, Any], ...] = (
+        {"a": {"history": many if rank else one}, "same": many},
+        {"a": {"b": [{"x": 1}, {"x": 1}] if rank else [{"x": 1}]}},
+        {"a": {f"rank{rank}": many if rank else one}},
+        {"a": many} if rank else {"b": one},
+    )
+    return [reshard.save(state, uri, overwrite=True).differing for state in states]
+
+
+def test_lists_of_different_lengths_are_reported(ranks: RankPool, tmp_path: Path) -> None:
+    """The longest one is stored, and a load returns it to all ranks."""
+    for found in ranks.run(2, save_lists, str(tmp_path / "c")):
+        assert found == [("a.history",), ("a.b",), (), ()]
+
+
 # State that belongs together
 
 

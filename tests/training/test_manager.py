@@ -733,6 +733,56 @@ def test_dropped_managers_of_several_ranks_end_their_threads(ranks: RankPool, tm
         assert left == []
 
 
+def test_a_new_manager_waits_for_the_save_of_a_dropped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = LocalStore.put
+
+    def slow_put(store: LocalStore, name: str, data: bytes, *, overwrite: bool) -> None:
+        time.sleep(0.5 if name == MANIFEST_NAME else 0)
+        put(store, name, data, overwrite=overwrite)
+
+    monkeypatch.setattr(LocalStore, "put", slow_put)
+    manager = manager_of(tmp_path, asynchronous=True, background="thread")
+    manager.save(1, {"w": torch.ones(3)})
+    del manager
+    gc_of_python.collect()
+    with manager_of(tmp_path) as other:
+        assert other.steps() == [1]
+    assert reshard.open(tmp_path / "step-00000001").read("w").eq(1).all()
+
+
+AT_EXIT = """
+import atexit, sys, torch
+import reshard
+
+def save():
+    print(manager.save(2, {"w": torch.ones(3)}))
+
+manager = reshard.CheckpointManager(sys.argv[1], background=sys.argv[2])
+if sys.argv[3] == "second":
+    manager.save(1, {"w": torch.zeros(3)})
+atexit.register(save)
+"""
+
+
+@pytest.mark.parametrize(("background", "which"), [("process", "first"), ("thread", "first"), ("process", "second")])
+def test_a_save_at_exit_is_committed(background: str, which: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(tmp_path / "run"), background, which]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert reshard.open(tmp_path / "run" / "step-00000002").read("w").eq(1).all()
+
+
+def test_async_save_at_exit_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys, torch, reshard; "
+        "atexit.register(lambda: reshard.async_save({'w': torch.ones(3)}, sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "c")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert "ArgumentError: the interpreter is exiting" in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
 def test_closed_manager_is_not_ended_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(manager_threads, "_end_dropped", lambda *_: ended.append("dropped"))

@@ -234,11 +234,10 @@ def sharded_state(value: float) -> dict[str, Any]:
 
 
 def train_on_own_disks(
-    folder: str, asynchronous: bool, first: int, stop: int
+    folder: str, asynchronous: bool, first: int, stop: int, first_disk: int = 0
 ) -> tuple[list[str], list[int], int | None]:
     """Save with a root that is another folder on each rank, as on disks of the nodes."""
-    rank = dist.get_rank()
-    own = Path(folder) / f"disk-{rank}"
+    own = Path(folder) / f"disk-{(dist.get_rank() + first_disk) % dist.get_world_size()}"
     own.mkdir(exist_ok=True)
     before = os.getcwd()
     os.chdir(own)
@@ -287,6 +286,16 @@ def test_disks_of_the_ranks_need_not_be_shared(ranks: RankPool, tmp_path: Path, 
     assert steps_in(tmp_path / "mirror") == [5, 6]
     results = ranks.run(3, train_on_own_disks, str(tmp_path), asynchronous, 7, 8)
     assert [result[2] for result in results] == [6, 6, 6]
+
+
+def test_nodes_may_change_their_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """Each disk may have a lease of the same number, from the time when its node had rank 0."""
+    step = 1
+    for first_disk in (0, 0, 1, 1, 0, 1):
+        results = ranks.run(2, train_on_own_disks, str(tmp_path), False, step, step + 2, first_disk)
+        assert [result[2] for result in results] == [step - 1 or None] * 2
+        step += 2
+        assert steps_in(tmp_path / "mirror") == [step - 2, step - 1]
 
 
 def test_what_rank_0_removed_before_a_crash_is_removed_from_the_other_disks_a_day_later(
