@@ -116,14 +116,12 @@ class _ModelState:
 
     def _has_no_tensors(self) -> bool:
         """Return whether the state dict of the model has no parameters and buffers."""
-        modules = list(self.model.modules())
-        return not any(
-            parameter is not None for module in modules for parameter in module._parameters.values()
-        ) and all(
-            buffer is None or name in module._non_persistent_buffers_set
-            for module in modules
-            for name, buffer in module._buffers.items()
-        )
+        for module in self.model.modules():
+            temporary = module._non_persistent_buffers_set
+            buffers = (buffer for name, buffer in module._buffers.items() if name not in temporary)
+            if any(tensor is not None for tensor in (*module._parameters.values(), *buffers)):
+                return False
+        return True
 
 
 class _OptimizerState:
