@@ -343,12 +343,10 @@ def async_save_with(
     background: str = "process",
 ) -> AsyncSave:
     """Save a state dict while training goes on. See `async_save`."""
-    if is_exiting():
-        raise ArgumentError("the interpreter is exiting and runs nothing in the background: use reshard.save")
     ranks = _Ranks.of(process_group)
     last = ranks.last
     if busy == "wait" and last is not None:
-        if last._thread == threading.get_ident():
+        if last._thread == threading.get_ident() and not last.done():
             raise BusyError(
                 f"async_save was called from the progress callback of the save to {last.location}, and would wait for "
                 "that save: pass busy='skip' or 'refuse', or save elsewhere"
@@ -362,7 +360,7 @@ def async_save_with(
         check_nbytes(staging_bytes=staging_bytes)
         saving.open()
         check_mapping(state_dict)
-        if background == "process" and not remote:
+        if background == "process" and not remote and not is_exiting():
             remote.append(PickledStore.of(uri, options.storage_options))
         return chosen
 

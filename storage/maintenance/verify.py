@@ -131,7 +131,7 @@ def _damaged_records(
         pool: reads up to `concurrent` parts of records at once.
     """
     boxes = {entry.name: entry.whole for entry in index.entries}
-    parts = ((record, start) for record in records for start in range(record.start, record.stop, MAX_READ_BYTES))
+    parts = ((record, start) for record in records for start in _part_starts(record))
     waiting: deque[tuple[RecordWithCrc, int, Future[Buffer]]] = deque()
     crc = 0
     while True:
@@ -153,13 +153,19 @@ def _damaged_records(
 def _crc(store: Store, record: RecordWithCrc) -> int:
     """Read a record again, in case it was damaged in transit, and return its CRC-32."""
     crc = 0
-    for start in range(record.start, record.stop, MAX_READ_BYTES):
+    for start in _part_starts(record):
         crc = zlib.crc32(_read_part(store, record, start), crc)
     return crc
 
 
+def _part_starts(record: RecordWithCrc) -> range:
+    """Return where the parts of a record begin. An empty record has one part."""
+    return range(record.start, max(record.stop, record.start + 1), MAX_READ_BYTES)
+
+
 def _read_part(store: Store, record: RecordWithCrc, start: int) -> Buffer:
-    return read_whole(store, record.object, start, min(start + MAX_READ_BYTES, record.stop))
+    stop = min(start + MAX_READ_BYTES, record.stop)
+    return read_whole(store, record.object, start, stop) if start < stop else b""
 
 
 def _boxes_in(index: CheckpointIndex, objects: Collection[str]) -> Iterator[WantedBox]:

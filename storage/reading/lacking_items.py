@@ -100,18 +100,17 @@ class LackingItems:
         left = None if budget_bytes is None else budget_bytes - self._value_bytes(needed)
         for item in self._items:
             found = [name for name in item.names if name in names]
-            if left is not None:
-                left -= self._value_bytes(found)
-                if left < 0:
-                    break
             container = item.leaf.container
-            if item.is_appended and found:
-                length = lengths.get(id(container), len(container))
-                if item.leaf.key != length:  # an item before it is left out
-                    continue
+            length = lengths.get(id(container), len(container)) if item.is_appended else 0
+            nbytes = 0 if left is None else self._value_bytes(found)
+            is_part = not item.leaf.is_empty_dict and len(found) < len(item.names)  # another rank has the rest
+            is_after_gap = item.is_appended and item.leaf.key != length  # an item before it is left out
+            if not found or is_part or is_after_gap or (left is not None and nbytes > left):
+                continue
+            left = None if left is None else left - nbytes
+            if item.is_appended:
                 lengths[id(container)] = length + 1
-            if found:
-                added.append((item.leaf, found))
+            added.append((item.leaf, found))
         if added:
             self._match.add_containers(added)
 

@@ -15,15 +15,16 @@ logger = logger_of(__name__)
 
 _running: set[BackgroundThread] = set()
 _at_exit: list[Callable[[], object]] = []
+_lock = threading.Lock()
 _has_waited = False
-"""Whether the interpreter is exiting, and has waited for the background threads or is about to."""
+"""Whether the main thread has ended, and the interpreter waits for no further background threads."""
 
 
 class BackgroundThread:
     """A thread that the interpreter waits for when it exits.
 
     Other threads of reshard are stopped at exit (see `threads`). This happens later, so the work can still use them. If
-    no thread can start, the work is done at once.
+    no thread can start, or the main thread has ended, the work is done at once.
 
     Args:
         work: The work. It must not raise.
@@ -33,10 +34,15 @@ class BackgroundThread:
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self._work = work
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        _running.add(self)
+        with _lock:
+            _running.add(self)
+            is_waited_for = not _has_waited
         try:
-            self._thread.start()
-        except RuntimeError:  # there are too many threads, or the interpreter is exiting
+            if not is_waited_for:
+                self._run()
+            else:
+                self._thread.start()
+        except RuntimeError:  # there are too many threads
             self._run()
 
     def _run(self) -> None:
@@ -57,15 +63,16 @@ def call_at_exit(callback: Callable[[], object]) -> None:
 
 
 def is_exiting() -> bool:
-    """Return whether the interpreter is exiting and waits for no further background threads."""
+    """Return whether the main thread has ended. Background work is then done at once."""
     return _has_waited
 
 
 def _wait_at_exit() -> None:
     """Wait for the background threads. Ctrl-C ends the wait."""
     global _has_waited
-    _has_waited = True
-    threads = list(_running)
+    with _lock:
+        _has_waited = True
+        threads = list(_running)
     if threads:
         logger.info("waiting for %d saves to end before the interpreter exits", len(threads))
     try:
@@ -88,6 +95,8 @@ except RuntimeError:  # this module is imported by a callback of `atexit`
 
 def _forget_threads() -> None:
     """Forget the threads of the parent process, which do not run in a forked child."""
+    global _lock
+    _lock = threading.Lock()
     _running.clear()
 
 

@@ -224,10 +224,19 @@ class Watch:
         """Return the connections of the gloo group that the ranks send messages through. All calls share them."""
         if self.connections is None or not self.connections.belong_to(messages):
             self.connections = Connections(messages, self.rank, self.size)
+            self._forget_earlier_group()
             self.connections.allow_pings((self.rank - 1) % self.size, PINGS)
             self._absence = Absence()
             self._absence.answer = self.connections.ping((self.rank + 1) % self.size)
         return self.connections
+
+    def _forget_earlier_group(self) -> None:
+        """Reset the keys of this rank. A store may outlive a group, and the next group may have its name."""
+        self._pings_replaced = 0
+        with contextlib.suppress(RuntimeError):
+            self.store.set(self._pulse_key(self.rank), "")
+            self.store.set(f"{self._prefix}/replaced/{self.rank}", "0")
+            self.store.set(f"{self._prefix}/pinged/{(self.rank + 1) % self.size}", "0")
 
     @contextlib.contextmanager
     def in_call(self) -> Iterator[None]:
@@ -246,11 +255,12 @@ class Watch:
                 self._rounds = -1  # the first check of a call begins to count
                 self._absence.begin_call()
             self._poller = poller
-        if time.monotonic() - self._replaced_at > REPLACE_PINGS_S:
-            self._replaced_at = time.monotonic()
-            with contextlib.suppress(Exception):  # the store may be lost
-                run_bounded(self._replace_pings, STORE_S)
+            is_due = time.monotonic() - self._replaced_at > REPLACE_PINGS_S
+            self._replaced_at = time.monotonic() if is_due else self._replaced_at
         try:
+            if is_due:
+                with contextlib.suppress(Exception):  # the store may be lost
+                    run_bounded(self._replace_pings, STORE_S)
             yield
         finally:
             self._leave()

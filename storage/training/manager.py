@@ -26,7 +26,6 @@ from ..load import load
 from ..maintenance.catalog import location_of
 from ..reading.load_options import LoadOptions
 from ..runtime.arguments import check_choice, check_flags, check_nbytes
-from ..runtime.background import is_exiting
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Collectives, is_distributed, on_all_ranks, on_rank_0, rank_of
@@ -155,9 +154,10 @@ class CheckpointManager:
         self._running: _Running | None = None
         self._requested = RequestedSaves(self._group)
         self._signals = StopSignals((), partial(self._requested.request, STOP))
-        self._threads = ManagerThreads(self, self._requested.close)
+        self._threads = ManagerThreads(self, self._requested.close, self._root)
         try:
-            wait_for_dropped()
+            if not read_only:
+                wait_for_dropped(self._root)
             self._is_shared = self._take_leases()
             self._copier = self._open_mirror()
             self._saved = self._open_run()
@@ -601,7 +601,7 @@ class CheckpointManager:
         options = replace(self._save_options, overwrite=order.decision.overwrite, metadata=order.metadata)
         if self._root_lease is not None:  # another manager may take over the run while this one writes
             options = replace(options, before_commit=self._root_lease.check)
-        if self._asynchronous and not is_exiting():
+        if self._asynchronous:
             return async_save_with(state_dict, uri, options, self._group, **self._async_options)
         return save_with(state_dict, uri, options, self._group)
 

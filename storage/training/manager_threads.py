@@ -6,14 +6,15 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+from ...planner.masking import masked
 from ..runtime.background import BackgroundThread
 from ..runtime.forks import after_fork_in_child, generation
 from ..runtime.logs import logger_of
 
 logger = logger_of(__name__)
 
-_ending: set[threading.Event] = set()
-"""One for each manager that was dropped and is being ended."""
+_ending: dict[threading.Event, str] = {}
+"""One for each manager that was dropped and is being ended, and its root."""
 after_fork_in_child(_ending.clear)
 
 
@@ -23,14 +24,15 @@ class ManagerThreads:
     Args:
         manager: the manager. Nothing here refers to it, so that it is collected if it has no other references.
         end: ends the first thread.
+        root: the location of the run.
     """
 
-    def __init__(self, manager: object, end: Callable[[], object]) -> None:
+    def __init__(self, manager: object, end: Callable[[], object], root: str) -> None:
         self.waits: list[Callable[[], object]] = []
         """Wait for the work that runs in the background."""
         self.ends = [end]
         """End the threads."""
-        self._finalizer = weakref.finalize(manager, _end_dropped, self.waits, self.ends, generation())
+        self._finalizer = weakref.finalize(manager, _end_dropped, root, self.waits, self.ends, generation())
         self._finalizer.atexit = False
 
     def end(self) -> None:
@@ -40,7 +42,9 @@ class ManagerThreads:
             end()
 
 
-def _end_dropped(waits: Sequence[Callable[[], object]], ends: Sequence[Callable[[], object]], created_in: int) -> None:
+def _end_dropped(
+    root: str, waits: Sequence[Callable[[], object]], ends: Sequence[Callable[[], object]], created_in: int
+) -> None:
     """End the threads of a manager that was dropped.
 
     The garbage collector calls this in any thread, which may hold locks. So a new thread does the work.
@@ -56,15 +60,16 @@ def _end_dropped(waits: Sequence[Callable[[], object]], ends: Sequence[Callable[
                 except Exception as error:
                     logger.warning("a CheckpointManager that was dropped could not be ended: %s", error)
         finally:
-            _ending.discard(ended)
+            _ending.pop(ended, None)
             ended.set()
 
     if created_in == generation():  # a forked child has no threads to end
-        _ending.add(ended)
+        _ending[ended] = root
         BackgroundThread(work, "reshard-dropped")
 
 
-def wait_for_dropped() -> None:
-    """Wait until the managers of this process that were dropped have ended, and so have their saves."""
-    for ended in list(_ending):
+def wait_for_dropped(root: str) -> None:
+    """Wait until the managers of a run that this process has dropped have ended, and so have their saves."""
+    for ended in [ended for ended, of in list(_ending.items()) if of == root]:
+        logger.info("waiting for a CheckpointManager of %s that was dropped without close()", masked(root))
         ended.wait()

@@ -17,8 +17,12 @@ import numpy as np
 from ...planner.box import Box, IntArray, concat_ranges, first_elements
 from ...planner.entries import ITEMSIZES
 from ...planner.index_checks import tile
+from ...planner.text import quoted
 from ..errors import ArgumentError
+from ..runtime.logs import logger_of
 from .agreement import EntryDescription, agreed_paths, pack_descriptions, uneven_lists, unpack_descriptions
+
+logger = logger_of(__name__)
 
 SMALL_REPLICA_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them. So entries that belong together come from one
@@ -77,11 +81,9 @@ class GlobalPlan:
     """For each rank, the positions in `entries` of the entries that it holds; -1 for one that is not saved."""
     largest_sizes: list[bytes]
     """For each rank, the sizes of the largest shard of each entry that it holds, packed."""
-    uneven_lists: list[str]
-    """The names of lists that have different numbers of items on different ranks."""
 
     def differing(self, digests: Sequence[bytes]) -> list[str]:
-        """Return the names of entries that several ranks hold, but not with the same checksum, and of uneven lists.
+        """Return the names of entries that several ranks hold, but not with the same checksum.
 
         Args:
             digests: for each rank, `HeldShards.digests`.
@@ -93,7 +95,7 @@ class GlobalPlan:
         ids, starts, sums = ids[order], starts[order], sums[order]
         differ = (ids[1:] == ids[:-1]) & (starts[1:] == starts[:-1]) & (sums[1:] != sums[:-1]) & (ids[1:] >= 0)
         names = list(self.entries)
-        return [*(names[at] for at in np.unique(ids[1:][differ]).tolist()), *self.uneven_lists]
+        return [names[at] for at in np.unique(ids[1:][differ]).tolist()]
 
 
 def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
@@ -111,6 +113,13 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
         first_ranks.setdefault(of_rank.entries, rank)
     tables = {packed: unpack_descriptions(packed) for packed in first_ranks}
     paths = agreed_paths({rank: tables[packed] for packed, rank in first_ranks.items()})
+    if uneven := uneven_lists(list(tables.values())):
+        logger.warning(
+            "%d lists have different lengths on different ranks, and a load returns the longest to all: %s. If a list "
+            "belongs to one rank only, give it another name on each rank",
+            len(uneven),
+            quoted(uneven),
+        )
     known = {name: value for table in reversed(tables.values()) for name, value in table.items()}
     entries = {name: known[name] for name in paths}
     positions = {name: at for at, name in enumerate(entries)}
@@ -127,7 +136,6 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
         masks,
         [ids[of_rank.entries] for of_rank in held],
         [largest[of_rank.entries] for of_rank in held],
-        uneven_lists(list(tables.values())),
     )
 
 

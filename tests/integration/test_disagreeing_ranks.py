@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import reshard
 from reshard import errors
+from reshard.storage.writing import save_plan
 from tests.ranks import RankPool
 
 
@@ -210,7 +212,7 @@ def test_ranks_may_hold_different_names(ranks: RankPool, tmp_path: Path) -> None
     assert found == str(expected)
 
 
-def save_lists(uri: str) -> list[tuple[str, ...]]:
+def save_lists(uri: str) -> list[list[str]]:
     rank = dist.get_rank()
     one, many = [torch.ones(1)], [torch.ones(1)] * 3
     states: tuple[dict[str, Any], ...] = (
@@ -219,13 +221,21 @@ def save_lists(uri: str) -> list[tuple[str, ...]]:
         {"a": {f"rank{rank}": many if rank else one}},
         {"a": many} if rank else {"b": one},
     )
-    return [reshard.save(state, uri, overwrite=True).differing for state in states]
+    logged: list[list[str]] = []
+    with patch.object(save_plan.logger, "warning", lambda text, *values: logged[-1].append(text % values)):
+        for state in states:
+            logged.append([])
+            assert reshard.save(state, uri, overwrite=True).differing == ()
+    return logged
 
 
 def test_lists_of_different_lengths_are_reported(ranks: RankPool, tmp_path: Path) -> None:
-    """The longest one is stored, and a load returns it to all ranks."""
-    for found in ranks.run(2, save_lists, str(tmp_path / "c")):
-        assert found == [("a.history",), ("a.b",), (), ()]
+    found, of_rank_1 = ranks.run(2, save_lists, str(tmp_path / "c"))
+    assert of_rank_1 == [[]] * 4
+    for messages, name in zip(found[:2], ("a.history", "a.b"), strict=True):
+        assert messages[0].startswith("1 lists have different lengths on different ranks, and a load returns the longe")
+        assert repr(name) in messages[0]
+    assert found[2:] == [[], []]
 
 
 # State that belongs together

@@ -122,6 +122,13 @@ def test_a_value_that_is_larger_than_the_budget_is_not_received(tmp_path: Path) 
     assert part.loaded == {"a": 1}
 
 
+def test_small_items_are_received_beside_one_that_is_too_large(tmp_path: Path) -> None:
+    reshard.save({"p": Part({"a": 1, "b": "x" * 10_000, "c": 3})}, tmp_path)
+    part = Part({"a": 0})
+    assert reshard.load({"p": part}, tmp_path, budget_bytes=5000).unexpected_keys == ("p.v.b",)
+    assert part.loaded == {"a": 1, "c": 3}
+
+
 def test_a_pickled_value_is_received_if_that_is_allowed(tmp_path: Path) -> None:
     reshard.save({"p": Part({"a": 1, "b": Custom(2)})}, tmp_path)
     part = Part({"a": 0})
@@ -207,6 +214,23 @@ def test_a_rank_does_not_receive_what_another_rank_has(ranks: RankPool, tmp_path
     """The next save would store an old value of the other rank instead of its new one."""
     for rank, found in enumerate(ranks.run(3, load_on_ranks, str(tmp_path))):
         assert found == ({f"rank{rank}": rank, "seen": {"a": 1, "b": 2}}, {"a": 5, "b": 7}, ())
+
+
+def load_parts(folder: str) -> tuple[Any, Any]:
+    """Rank 1 has a part of what rank 0 lacks."""
+    reshard.save({"p": Part([{"a": 1, "b": 2}, {"a": 3, "b": 4}]), "q": Part({"x": 1, "y": {"u": 5, "v": 6}})}, folder)
+    rank = dist.get_rank()
+    p = Part([{"a": 0, "b": 0}, *([{"a": 0}] if rank else [])])
+    q = Part({"x": 0} | ({"y": {"u": 0}} if rank else {}))
+    reshard.load({"p": p, "q": q}, folder)
+    return p.loaded, q.loaded
+
+
+@pytest.mark.slow
+def test_an_item_is_not_received_in_part(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(2, load_parts, str(tmp_path))
+    assert found[0] == ([{"a": 1, "b": 2}], {"x": 1})
+    assert found[1] == ([{"a": 1, "b": 2}, {"a": 3, "b": 4}], {"x": 1, "y": {"u": 5, "v": 6}})
 
 
 def load_on_one_rank(folder: str) -> tuple[Any, Any]:

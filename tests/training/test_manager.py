@@ -772,15 +772,29 @@ def test_a_save_at_exit_is_committed(background: str, which: str, tmp_path: Path
     assert reshard.open(tmp_path / "run" / "step-00000002").read("w").eq(1).all()
 
 
-def test_async_save_at_exit_is_refused(tmp_path: Path) -> None:
-    code = (
-        "import atexit, sys, torch, reshard; "
-        "atexit.register(lambda: reshard.async_save({'w': torch.ones(3)}, sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "c")]
+AFTER_MAIN = """
+import atexit, sys, threading, time, torch
+import reshard
+
+def save():
+    time.sleep(0.5)
+    for _ in range(2):
+        reshard.async_save({"w": torch.ones(3)}, sys.argv[1], background=sys.argv[2], overwrite=True)
+
+if sys.argv[3] == "thread":
+    threading.Thread(target=save).start()
+else:
+    atexit.register(save)
+"""
+
+
+@pytest.mark.parametrize("background", ["process", "thread"])
+@pytest.mark.parametrize("where", ["thread", "atexit"])
+def test_async_saves_after_the_main_thread_has_ended_are_committed(background: str, where: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AFTER_MAIN, str(tmp_path / "c"), background, where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert "ArgumentError: the interpreter is exiting" in done.stderr
-    assert not (tmp_path / "c").exists()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert reshard.open(tmp_path / "c").read("w").eq(1).all()
 
 
 def test_closed_manager_is_not_ended_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
