@@ -15,7 +15,7 @@ logger = logger_of(__name__)
 
 _running: set[BackgroundThread] = set()
 _at_exit: list[Callable[[], object]] = []
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may create a thread at any moment
 _has_waited = False
 """Whether the main thread has ended, and the interpreter waits for no further background threads."""
 
@@ -34,15 +34,10 @@ class BackgroundThread:
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self._work = work
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        with _lock:
+        with _lock:  # a thread is waited for only if it has started
             _running.add(self)
-            is_waited_for = not _has_waited
-        try:
-            if not is_waited_for:
-                self._run()
-            else:
-                self._thread.start()
-        except RuntimeError:  # there are too many threads
+            has_started = not _has_waited and _start(self._thread)
+        if not has_started:
             self._run()
 
     def _run(self) -> None:
@@ -55,6 +50,15 @@ class BackgroundThread:
         """Wait until the work has ended."""
         if self._thread.ident is not None:
             self._thread.join()
+
+
+def _start(thread: threading.Thread) -> bool:
+    """Start a thread. Return False if there are too many."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def call_at_exit(callback: Callable[[], object]) -> None:
@@ -96,7 +100,7 @@ except RuntimeError:  # this module is imported by a callback of `atexit`
 def _forget_threads() -> None:
     """Forget the threads of the parent process, which do not run in a forked child."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _running.clear()
 
 
