@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -162,21 +163,30 @@ def stop_a_rank(folder: str, stopped: int) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(LONG_S if dist.get_rank() == 0 else 0)
 
-    store = RecordingStore(LocalStore(folder), before)
+    load_until_it_breaks(group, RecordingStore(LocalStore(folder), before), pids[stopped])
+
+
+def load_until_it_breaks(group: Any, store: reshard.Store, stopped_pid: int) -> None:
+    """Load, and raise an AssertionError with the error of the load. Kill the process that was stopped."""
     with pytest.raises(RankError) as caught:
         reshard.load(state_on(group, 5), store, process_group=group)
     with contextlib.suppress(ProcessLookupError):  # another rank was faster
-        os.kill(pids[stopped], signal.SIGKILL)
+        os.kill(stopped_pid, signal.SIGKILL)
     dist.destroy_process_group()
     raise AssertionError(f"found: {caught.value}")
 
 
 @pytest.mark.parametrize("stopped", [0, 2])
 def test_every_rank_names_the_rank_that_does_not_respond(tmp_path: Path, stopped: int) -> None:
+    check_that_all_name_it(stop_a_rank, tmp_path, stopped)
+
+
+def check_that_all_name_it(stop: Callable[[str, int], None], folder: Path, stopped: int) -> None:
+    """Check that all other ranks name a rank whose process is stopped."""
     with RankPool() as pool:
-        pool.run(WORLD, save_first, str(tmp_path))
+        pool.run(WORLD, save_first, str(folder))
         with pytest.raises(RankFailed) as failed:
-            pool.run(WORLD, stop_a_rank, str(tmp_path), stopped, timeout_s=60)
+            pool.run(WORLD, stop, str(folder), stopped, timeout_s=60)
     named = f"found: the process group broke, because rank {stopped} did not respond for 8 s"
     assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
 
@@ -192,22 +202,12 @@ def stop_a_rank_early(folder: str, stopped: int) -> None:
         if dist.get_rank() == stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    with pytest.raises(RankError) as caught:
-        reshard.load(state_on(group, 5), RecordingStore(LocalStore(folder), before), process_group=group)
-    with contextlib.suppress(ProcessLookupError):  # another rank was faster
-        os.kill(pids[stopped], signal.SIGKILL)
-    dist.destroy_process_group()
-    raise AssertionError(f"found: {caught.value}")
+    load_until_it_breaks(group, RecordingStore(LocalStore(folder), before), pids[stopped])
 
 
 @pytest.mark.parametrize("stopped", [1, 3])  # rank 0 serves the store
 def test_every_rank_names_the_rank_that_stops_before_its_first_pulse(tmp_path: Path, stopped: int) -> None:
-    with RankPool() as pool:
-        pool.run(WORLD, save_first, str(tmp_path))
-        with pytest.raises(RankFailed) as failed:
-            pool.run(WORLD, stop_a_rank_early, str(tmp_path), stopped, timeout_s=60)
-    named = f"found: the process group broke, because rank {stopped} did not respond for 8 s"
-    assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
+    check_that_all_name_it(stop_a_rank_early, tmp_path, stopped)
 
 
 def arrive_late(seconds: int) -> list[int]:
