@@ -87,6 +87,8 @@ class Blocks:
     position_offsets: IntArray
     """(b, ndim) the position of the block in the wanted box."""
     position_sizes: IntArray
+    batches: list[tuple[slice, slice]]
+    """The rows of each batch in the ChunkReads, and its blocks. All chunks of a batch come from the same requests."""
     _made: list[Block] = field(default_factory=list, init=False)
 
     def select(self, blocks: slice) -> list[Block]:
@@ -148,10 +150,10 @@ def _blocks_of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntAr
 
     whole = (sizes == wanted_sizes).all(axis=1)
     whole &= are_native(encodings) | np.concatenate(list(map(_are_dense, reads)))
-    alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
-    alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
+    same_batch = (requests[1:] == requests[:-1]).all(axis=1)
     between = bounds[1:-1]
-    alike[between[(between > 0) & (between <= len(alike))] - 1] = False
+    same_batch[between[(between > 0) & (between <= len(same_batch))] - 1] = False
+    alike = same_batch & whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1]) & (starts[1:] == stops[:-1])
     firsts, counts, dims, block_sizes = form_boxes(offsets, sizes, alike)
 
     ends = np.searchsorted(firsts, bounds)
@@ -163,8 +165,23 @@ def _blocks_of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntAr
         wanted_offsets[firsts] - origins[firsts],
     ]
     columns += [np.where((counts.prod(axis=1) > 1)[:, None], block_sizes, wanted_sizes[firsts])]
-    for begin, end in pairwise(ends.tolist()):
-        yield Blocks(*(column[begin:end] for column in columns))
+    opens = np.flatnonzero(np.concatenate((np.ones(min(len(sizes), 1), np.bool_), ~same_batch)))
+    batches = list(zip(_slices_from(opens, bounds), _slices_from(np.searchsorted(firsts, opens), ends), strict=True))
+    batch_ends = np.searchsorted(opens, bounds)
+    for (begin, end), (first, last) in zip(pairwise(ends.tolist()), pairwise(batch_ends.tolist()), strict=True):
+        yield Blocks(*(column[begin:end] for column in columns), batches=batches[first:last])
+
+
+def _slices_from(begins: IntArray, bounds: IntArray) -> Iterator[slice]:
+    """Yield the slices between positions in lists that follow one another, each relative to the begin of its list.
+
+    Args:
+        begins: (n,) the first position of each slice. Each list with items has a slice that begins with it.
+        bounds: (lists + 1,) the first position of each list.
+    """
+    base = bounds[np.searchsorted(bounds, begins, "right") - 1]
+    ends = np.concatenate((begins[1:], bounds[-1:]))[: len(begins)]
+    return map(slice, (begins - base).tolist(), (ends - base).tolist())
 
 
 def _are_dense(read: ChunkReads) -> npt.NDArray[np.bool_]:

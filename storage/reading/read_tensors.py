@@ -458,15 +458,15 @@ class _ReadRun:
 
     def _add(self, plan: ReadPlan, stats: ReadStats, plan_s: float) -> None:
         """Add a read to the report."""
-        planned = plan.report
+        fetched, exchange = plan.fetched, plan.exchange
         report = RankReport(
             rank=0,
-            bytes_fetched=planned.bytes_fetched,
-            requests=planned.requests,
-            chunks=planned.chunks,
+            bytes_fetched=fetched.nbytes,
+            requests=fetched.byte_ranges,
+            chunks=sum(map(len, plan.reads)),
             seconds={"plan": plan_s, **stats.seconds},
-            bytes_sent=planned.bytes_sent,
-            bytes_received=planned.bytes_received,
+            bytes_sent=exchange.bytes_sent if exchange else 0,
+            bytes_received=exchange.bytes_received if exchange else 0,
             decoded_by=stats.decoded_by,
         )
         self.report = added(self.report, report)

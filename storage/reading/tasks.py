@@ -6,13 +6,10 @@ are few Python objects and tasks for the bytes they process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, starmap
 
-import numpy as np
-
-from ...planner.box import Box, IntArray
+from ...planner.box import Box
 from ...planner.chunk_reads import ChunkReads
 from ...planner.read_plan import ReadPlan
 from .blocks import Block, Blocks, find_blocks
@@ -140,7 +137,7 @@ def build_tasks(
     all_blocks = find_blocks(plan.reads, requests_of)
     for read, request_of, blocks, destination in zip(plan.reads, requests_of, all_blocks, destinations, strict=True):
         tensor = tensors.setdefault(read.want.name, TensorProgress(read.want.name))
-        for rows, block_rows in _batches(request_of, blocks):
+        for rows, block_rows in blocks.batches:
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
             batch = ChunkBatch(tensor, read, rows, blocks, block_rows, destination, held)
             tensor.batches.append(batch)
@@ -164,12 +161,3 @@ def break_reference_cycles(tensors: Iterable[TensorProgress], requests: Iterable
         tensor.batches.clear()
     for request in requests:
         request.parts.clear()
-
-
-def _batches(request_of: IntArray, blocks: Blocks) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows of each batch, and its blocks. All chunks of a batch need the same one or two requests."""
-    if len(request_of):
-        opens = np.concatenate(([0], np.flatnonzero((request_of[1:] != request_of[:-1]).any(axis=1)) + 1))
-        rows = [*opens.tolist(), len(request_of)]
-        block_rows = [*np.searchsorted(blocks.firsts, opens).tolist(), len(blocks.firsts)]
-        yield from zip(starmap(slice, pairwise(rows)), starmap(slice, pairwise(block_rows)), strict=True)

@@ -89,10 +89,10 @@ class Leaf:
     key: Any
     """The key or position in the container."""
     value: Any
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return name_of(self.path)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", name_of(self.path))
 
     @property
     def is_empty_dict(self) -> bool:

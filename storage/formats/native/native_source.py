@@ -335,7 +335,7 @@ def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
 
 
 def _as_integers(values: list[Any]) -> tuple[int, ...]:
-    if any(type(value) is not int for value in values):
+    if not {int}.issuperset(map(type, values)):
         raise ValueError(f"{brief(values)} should be integers")
     return tuple(values)
 
