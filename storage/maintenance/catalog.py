@@ -14,6 +14,7 @@ from typing import Any
 from ...planner.errors import CheckpointError
 from ...planner.masking import masked
 from ..errors import (
+    AccessDeniedError,
     ArgumentError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -176,11 +177,17 @@ def _found(
             return None
         return FoundCheckpoint(uri, "", str(error), step, None, None, None, error=error)
     nbytes = sum(nbytes for _, nbytes in source.objects)
-    missing = 0 if names is None else sum(name not in names for name, _ in source.objects)
+    missing = [] if names is None else [name for name, _ in source.objects if name not in names]
     damaged = sum(found.is_damage for found in source.unreadable.values())
     state = f"{damaged} tensors are missing" if damaged else COMPLETE
     if missing:
-        state = f"{missing} of {len(source.objects)} objects are missing"
+        state = f"{len(missing)} of {len(source.objects)} objects are missing"
+        try:
+            source.store.size(missing[0])
+        except AccessDeniedError as error:  # their folder could not be listed
+            return FoundCheckpoint(uri, "", str(error), step, None, None, None, error=error)
+        except StoreError:
+            pass
     return FoundCheckpoint(uri, source.format, state, step, nbytes, len(source.entries), _created(source), metadata)
 
 

@@ -71,6 +71,8 @@ _Split = tuple[tuple[int, ...], tuple[int, ...]]
 class Blocks:
     """The blocks of a read, in columns. Row i is block i."""
 
+    batches: list[tuple[slice, slice]]
+    """The rows of each batch in the ChunkReads, and its blocks. All chunks of a batch come from the same requests."""
     firsts: IntArray
     """(b,) the rows of their first chunks in the ChunkReads."""
     counts: IntArray
@@ -87,8 +89,6 @@ class Blocks:
     position_offsets: IntArray
     """(b, ndim) the position of the block in the wanted box."""
     position_sizes: IntArray
-    batches: list[tuple[slice, slice]]
-    """The rows of each batch in the ChunkReads, and its blocks. All chunks of a batch come from the same requests."""
     _made: list[Block] = field(default_factory=list, init=False)
 
     def select(self, blocks: slice) -> list[Block]:
@@ -169,7 +169,7 @@ def _blocks_of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntAr
     batches = list(zip(_slices_from(opens, bounds), _slices_from(np.searchsorted(firsts, opens), ends), strict=True))
     batch_ends = np.searchsorted(opens, bounds)
     for (begin, end), (first, last) in zip(pairwise(ends.tolist()), pairwise(batch_ends.tolist()), strict=True):
-        yield Blocks(*(column[begin:end] for column in columns), batches=batches[first:last])
+        yield Blocks(batches[first:last], *(column[begin:end] for column in columns))
 
 
 def _slices_from(begins: IntArray, bounds: IntArray) -> Iterator[slice]:

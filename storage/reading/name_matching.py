@@ -213,7 +213,7 @@ class NameMatch:
             self.decoded |= {(*path, *leaf.path[1:]): leaf.value for leaf in flatten({name: value}).values()}
             for leaf in leaves:
                 try:
-                    found = _descend(value, leaf.path[len(path) :])
+                    found = _descend(value, leaf.path[_path_length(leaf.path, name) :])
                 except LookupError:
                     missing.append(leaf)
                     continue

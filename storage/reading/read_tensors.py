@@ -296,7 +296,8 @@ def read_boxes(
     Raises:
         CheckpointError: as `CheckedBoxes.of`, before anything is read, and as `execute_reads`.
     """
-    return execute_reads(source, CheckedBoxes.of(source, wants, destinations), values, options)
+    checked = CheckedBoxes.of(source, wants, destinations, options=options)
+    return execute_reads(source, checked, values, options)
 
 
 def execute_reads(
@@ -338,8 +339,14 @@ class _ReadRun:
 
     def read_through_memory(self) -> None:
         """Read the boxes that need a temporary tensor, check their integers, and copy them to their destinations."""
-        integers = self._groups_in_budget(part for at in self._reads.checked for part in self._parts(at))
-        others = self._groups_in_budget(map(self._temporary, self._reads.through_class))
+        of_classes = list(map(self._temporary, self._reads.through_class))
+        integers = self._groups_in_budget(
+            (
+                *(one for one in of_classes if one.needs_check),
+                *(part for at in self._reads.checked for part in self._parts(at)),
+            )
+        )
+        others = self._groups_in_budget(one for one in of_classes if not one.needs_check)
         kept = self._read_temporaries(integers[0]) if len(integers) == 1 and not others else None
         if kept is None:
             for group in integers:  # too large for the budget: they are checked first, and read again to be written
@@ -387,7 +394,7 @@ class _ReadRun:
         wants = [WantedBox(one.name, one.box) for one in group]
         self._read(with_heads_only(wants, [one.dtype for one in group]), tensors)
         for one, tensor in zip(group, tensors, strict=True):
-            if needs_check(tensor.dtype, one.destination.dtype):
+            if one.needs_check:
                 check_integers(one.name, tensor, one.destination.dtype, one.box.offsets)
         return tensors
 
@@ -511,6 +518,11 @@ class _Temporary:
     def nbytes(self) -> int:
         """The size of the temporary tensor."""
         return self.box.numel * self.dtype.itemsize
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether its integers may not fit the dtype of the destination."""
+        return needs_check(self.dtype, self.destination.dtype)
 
 
 def counting_metadata(report: RankReport, source: Source) -> RankReport:

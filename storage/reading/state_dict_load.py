@@ -59,8 +59,8 @@ class StateDictLoad:
         self._value_names = [leaf.name for leaf in self._value_leaves]
         self._value_names += [name for name in items if not match.entry(name).is_tensor]
         self._wants, self._destinations = self._find_destinations()
-        finish_writes("reshard.load", self._destinations)
         self._decoded = self._decoded_tensors()
+        finish_writes("reshard.load", [*self._destinations, *(value.destination for value in self._decoded)])
         self._item_names = [name for name in items if match.entry(name).is_tensor]
         self._wants += [WantedBox(match.stored_names[name], match.entry(name).whole) for name in self._item_names]
         stored = [match.stored_names[name] for name in self._value_names]

@@ -30,8 +30,8 @@ class SaveOrder:
     """What rank 0 sends to all ranks before a save."""
 
     decision: SaveDecision
-    news: News
     metadata: dict[str, Any]
+    news: News
 
 
 @dataclass(frozen=True, slots=True)

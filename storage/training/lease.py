@@ -37,6 +37,8 @@ LONG_AGO_S = 600.0
 """A lease whose time is older than this has probably expired, and a sign of life is awaited for a shorter time."""
 SHORT_WAIT_S = 2.5 * RENEW_EVERY_S
 """How long a sign of life is awaited then: the clocks of the two machines may differ."""
+RELEASE_TIMEOUT_S = 2.0
+"""How long a release waits for a renewal that runs."""
 _NAME = re.compile(rf"{re.escape(FOLDER)}/(\d{{8,18}})\.json")
 _MAX_BYTES = 64 * 1024
 
@@ -77,6 +79,18 @@ def _holder_in(store: Store, name: str) -> Holder | None:
         return Holder(**json.loads(bytes(store.read(name, 0, _MAX_BYTES))))
     except (ObjectNotFoundError, ValueError, TypeError):
         return None
+
+
+def last_mark(store: Store) -> LeaseMark | None:
+    """Return what identifies the last lease at a location; None if there was none."""
+    number = max(_numbers_in(store), default=0)
+    holder = _holder_in(store, _name(number)) if number else None
+    return None if holder is None else LeaseMark(_name(number), holder.id)
+
+
+def _numbers_in(store: Store) -> list[int]:
+    found = (_NAME.fullmatch(name) for name in store.list(FOLDER))
+    return [int(name[1]) for name in found if name]
 
 
 def _start_of(pid: int) -> str | None:
@@ -168,21 +182,26 @@ class Lease:
         self._is_closing.set()  # a renewal is not cancelled: a store could apply it after the release
         _held.pop(self._holder.id, None)
         self._pool.shutdown(wait=False)
-        with self._lock:
+        if not self._lock.acquire(timeout=RELEASE_TIMEOUT_S):  # a renewal is repeated, as the store does not answer
+            logger.warning("the lease of %s is not released: the store does not answer", self._store.location)
+            self._lost = self._lost or CLOSED
+            return
+        try:
             if self._lost:
                 return
             self._lost = CLOSED
-            try:
-                with cleaning_up():  # a store that does not answer must not keep the process for long
-                    if max(self._numbers(), default=0) == self._number:
-                        released = replace(self._holder, released=True, time=time.time())
-                        self._write(self._number, released, overwrite=True)
-            except CheckpointError as error:
-                logger.warning("the lease of %s could not be released: %s", self._store.location, error)
+            with cleaning_up():  # a store that does not answer must not keep the process for long
+                if max(self._numbers(), default=0) == self._number:
+                    released = replace(self._holder, released=True, time=time.time())
+                    self._write(self._number, released, overwrite=True)
+        except CheckpointError as error:
+            logger.warning("the lease of %s could not be released: %s", self._store.location, error)
+        finally:
+            self._lock.release()
 
     def _lose(self, number: int) -> None:
         if self._lost == CLOSED:
-            raise RunInUseError(f"the manager of {self._store.location} was closed, so this save is not committed")
+            raise RunInUseError(f"the manager of {self._store.location} was closed, so nothing was committed")
         if not self._lost:
             other = self._read(number)
             self._lost = f"another manager has taken over this run, {other or 'an unknown process'}"
@@ -269,8 +288,7 @@ class Lease:
         )
 
     def _numbers(self) -> list[int]:
-        found = (_NAME.fullmatch(name) for name in self._store.list(FOLDER))
-        return [int(name[1]) for name in found if name]
+        return _numbers_in(self._store)
 
     def _read(self, number: int) -> Holder | None:
         """See `_holder_in`."""

@@ -8,6 +8,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -40,14 +41,14 @@ from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
 from ..writing.checkpoint_writer import SaveOptions
 from .calls import News, RestoreCall, SaveCall, SaveOrder, candidates_for, order_for
-from .lease import Lease, LeaseMark
+from .lease import Lease, LeaseMark, last_mark
 from .manager_threads import ManagerThreads, wait_for_dropped
 from .mirror import MirrorCopier, remove_own_leftovers, remove_own_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
 from .requested_saves import SAVE, STOP, RequestedSaves, StopSignals, checked_signals
 from .restoring import restore_latest
-from .run_catalog import check_metrics, metadata_of, step_folder
-from .run_controller import Candidate, RunController, SaveDecision, with_step
+from .run_catalog import RunEntry, check_metrics, metadata_of, step_folder
+from .run_controller import Candidate, RunController, with_step
 from .run_location import RunLocation
 
 logger = logger_of(__name__)
@@ -59,7 +60,7 @@ class _Running:
     """A save that runs in the background."""
 
     handle: AsyncSave
-    decision: SaveDecision
+    entry: RunEntry
 
 
 class CheckpointManager:
@@ -175,13 +176,15 @@ class CheckpointManager:
         return handlers
 
     def _take_leases(self) -> bool:
-        """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
-        if self._read_only:
-            return True
+        """Take the leases on rank 0, unless the manager only restores.
+
+        Returns:
+            Whether all ranks see the objects of rank 0 at the root.
+        """
 
         def take(location: str, options: Mapping[str, Any] | None) -> Lease:
             lease = Lease(location, options, owner=self)
-            self._threads.ends.append(lease.release)
+            self._threads.ends.callback(lease.release)
             atexit.register(_release_at_exit, weakref.ref(lease))
             return lease
 
@@ -191,13 +194,18 @@ class CheckpointManager:
                 self._mirror_lease = take(self._mirror, self._mirror_options)
             return self._root_lease.mark
 
-        mark = on_rank_0(take_both, self._group)
+        def find() -> LeaseMark | None:
+            return last_mark(open_store(self._root, self._storage_options))
+
+        mark = on_rank_0(find if self._read_only else take_both, self._group)
+        if mark is None:  # no manager has saved here
+            return True
         sees = on_all_ranks(lambda: mark.is_in(open_store(self._root, self._storage_options)), self._group)
         is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
         if not all(sees) and (self._mirror is None or not is_local):
             raise ArgumentError(
-                f"rank {sees.index(False)} does not see what rank 0 writes to {self._root}: all ranks must save to one "
-                "shared location, or copy what they save to one: pass mirror="
+                f"rank {sees.index(False)} does not see what rank 0 {'sees at' if self._read_only else 'writes to'} "
+                f"{self._root}: all ranks must save to one shared location, or copy what they save to one: pass mirror="
             )
         return all(sees)
 
@@ -205,7 +213,7 @@ class CheckpointManager:
         if self._mirror is None or self._read_only:
             return None
         copier = MirrorCopier(self._root, self._storage_options, self._mirror, self._mirror_options, self._group)
-        self._threads.ends.insert(0, copier.close)
+        self._threads.ends.callback(copier.close)
         return copier
 
     def _open_run(self) -> tuple[SavedStep, ...]:
@@ -219,7 +227,7 @@ class CheckpointManager:
                 mirror = RunLocation(self._mirror, self._mirror_options, self._policies, self._mirror_lease)
             self._controller = RunController(root, mirror, self._copier)
             self._threads.waits.append(self._controller.wait_for_removals)
-            self._threads.ends.insert(0, self._controller.close)
+            self._threads.ends.callback(self._controller.close)
             saved, folders = self._controller.saved(), self._controller.folders()
             self._controller.begin()
             return saved, folders
@@ -227,7 +235,7 @@ class CheckpointManager:
         saved, folders = on_rank_0(open_run, self._group)
         if not self._is_shared and self._rank:
             try:
-                remove_own_leftovers(self._root, folders, self._rank)
+                remove_own_leftovers(self._root, folders, self._rank, self._world)
             except CheckpointError as error:  # of this rank only
                 logger.warning("old data in %s could not be removed: %s", masked(self._root), error)
         return saved
@@ -235,6 +243,10 @@ class CheckpointManager:
     @property
     def _rank(self) -> int:
         return rank_of(self._group)
+
+    @property
+    def _world(self) -> int:
+        return dist.get_world_size(self._group) if is_distributed() else 1
 
     @property
     def root(self) -> str:
@@ -410,17 +422,17 @@ class CheckpointManager:
             calls = self._on_all_ranks("restore()", begin)
             candidates = candidates_for(calls)
             wanted = calls[0].step
-            if wanted is not None and not any(not candidate.problem for candidate in candidates):
+            if wanted is not None and all(candidate.entry.problem for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
             candidates = self._visible(candidates)
             found = restore_latest(state_dict, candidates, load_from, options(), self._options_of, self._group)
             if self._controller is not None and found is not None:
-                self._controller.rewind(found)
+                self._controller.rewind(found.entry)
         finally:
             if self._controller is not None:
                 self._controller.end_restore()
         self._update()
-        return None if found is None else found.step
+        return None if found is None else found.entry.step
 
     def wait_staged(self) -> None:
         """Wait until the tensors that are being saved have been copied. They may change afterwards.
@@ -521,7 +533,7 @@ class CheckpointManager:
         if self._controller is not None:
             self._controller.root.forget_removed(news.removed)  # all ranks know of them now
         if not self._is_shared and self._rank:
-            remove_own_objects(self._root, news.removed, self._rank)
+            remove_own_objects(self._root, news.removed, self._rank, self._world)
 
     def _visible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates that all ranks see: some may be on a local disk. Collective with a mirror."""
@@ -529,7 +541,7 @@ class CheckpointManager:
             return list(candidates)
 
         def sees(candidate: Candidate) -> bool:
-            if candidate.on_mirror or candidate.problem:
+            if candidate.on_mirror or candidate.entry.problem:
                 return True
             return exists(open_store(candidate.uri, self._options_of(candidate)), MANIFEST_NAME)
 
@@ -550,7 +562,7 @@ class CheckpointManager:
         self._running = None
         if error is not None:
             raise error
-        self._saved = with_step(self._saved, running.decision.saved)
+        self._saved = with_step(self._saved, running.entry.saved)
 
     def _save(
         self,
@@ -569,31 +581,29 @@ class CheckpointManager:
                 return SaveCall(step, force, has_entries)
             if self._root_lease is not None:  # that of the mirror is checked before each copy
                 self._root_lease.check()
-            decision = self._controller.decide(step, checked, force=force)
-            stored = metadata_of(decision.saved, decision.sequence, decision.parent, metadata)
-            return SaveCall(step, force, has_entries, SaveOrder(decision, News.of(self._controller), stored))
+            decision = self._controller.begin_save(step, checked, force=force)
+            if not decision.is_skipped:
+                on_failure.callback(self._controller.end_save, decision.entry, is_committed=False)
+            stored = metadata_of(decision.entry, metadata)
+            # The news comes last: `begin_save` may have waited for a removal from this folder.
+            return SaveCall(step, force, has_entries, SaveOrder(decision, stored, News.of(self._controller)))
 
-        order = order_for(self._on_all_ranks(f"save({step})", prepare))
-        self._accept(order.news)
-        decision = order.decision
-        if decision.is_skipped:
-            return False
-        if self._controller is not None:
-            self._controller.begin_save(decision)
-        try:
+        with ExitStack() as on_failure:
+            order = order_for(self._on_all_ranks(f"save({step})", prepare))
+            self._accept(order.news)
+            if order.decision.is_skipped:
+                return False
             begun = self._begin_save(step, state_dict, order)
-        except BaseException:
-            if self._controller is not None:
-                self._controller.end_save(decision, is_committed=False)
-            raise
+            on_failure.pop_all()
+        entry = order.decision.entry
         if isinstance(begun, AsyncSave):
-            self._running = _Running(begun, decision)
+            self._running = _Running(begun, entry)
             if self._controller is not None:
-                self._controller.follow_save(decision, begun.exception)
+                self._controller.follow_save(entry, begun.exception)
         else:
-            self._saved = with_step(self._saved, decision.saved)
+            self._saved = with_step(self._saved, entry.saved)
             if self._controller is not None:
-                self._controller.end_save(decision, is_committed=True)
+                self._controller.end_save(entry, is_committed=True)
         return True
 
     def _begin_save(self, step: int, state_dict: Mapping[str, Any], order: SaveOrder) -> AsyncSave | Report:
@@ -629,7 +639,7 @@ def _no_such_step(
     step: int, candidates: Sequence[Candidate], root: str, saved: Sequence[SavedStep]
 ) -> CheckpointNotFoundError:
     steps = ", ".join(str(found.step) for found in saved[-8:]) or "none"
-    reason = f": {candidates[0].problem}" if candidates else ""
+    reason = f": {candidates[0].entry.problem}" if candidates else ""
     return CheckpointNotFoundError(
         f"there is no complete checkpoint of step {step} at {root}{reason}. Complete checkpoints: {steps}"
     )

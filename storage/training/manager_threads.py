@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from ...planner.masking import masked
 from ..runtime.background import BackgroundThread
@@ -30,21 +31,19 @@ class ManagerThreads:
     def __init__(self, manager: object, end: Callable[[], object], root: str) -> None:
         self.waits: list[Callable[[], object]] = []
         """Wait for the work that runs in the background."""
-        self.ends = [end]
-        """End the threads."""
+        self.ends = ExitStack()
+        """Ends the threads, the last one first."""
+        self.ends.callback(end)
         self._finalizer = weakref.finalize(manager, _end_dropped, root, self.waits, self.ends, generation())
         self._finalizer.atexit = False
 
     def end(self) -> None:
         """End the threads, without waiting for saves."""
         self._finalizer.detach()
-        for end in self.ends:
-            end()
+        self.ends.close()
 
 
-def _end_dropped(
-    root: str, waits: Sequence[Callable[[], object]], ends: Sequence[Callable[[], object]], created_in: int
-) -> None:
+def _end_dropped(root: str, waits: Sequence[Callable[[], object]], ends: ExitStack, created_in: int) -> None:
     """End the threads of a manager that was dropped.
 
     The garbage collector calls this in any thread, which may hold locks. So a new thread does the work.
@@ -54,7 +53,7 @@ def _end_dropped(
 
     def work() -> None:
         try:
-            for function in (*waits, *ends):
+            for function in (*waits, ends.close):
                 try:
                     function()
                 except Exception as error:

@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from threading import Condition
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ...planner.errors import CheckpointError
 from ...planner.masking import masked
+from ...planner.text import quoted
 from ..errors import AccessDeniedError, CorruptCheckpointError, ObjectNotFoundError, StoreError, UnavailableError
 from ..formats.native.commit import commit, rank_of_object
 from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME
@@ -28,7 +29,7 @@ from ..maintenance.verify import verify
 from ..runtime.logs import logger_of
 from ..runtime.lost_ranks import Lookout, Watch, client_of, new_key
 from ..runtime.threads import Pool, current_stop
-from ..stores.base import Store
+from ..stores.base import Store, exists
 from ..stores.local import LocalStore
 from ..stores.open import open_store
 from ..stores.retry import read_whole, retried
@@ -52,14 +53,35 @@ class CheckpointCopy:
     folder: str
     objects: Sequence[tuple[str, int]]
     """The names and sizes of its data objects."""
+    by_number: bool = True
+    """Whether each rank copies the objects of its number. Otherwise it copies all that it sees."""
 
     def to_json(self) -> str:
-        return json.dumps([self.folder, list(self.objects)])
+        return json.dumps([self.folder, list(self.objects), self.by_number])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CheckpointCopy:
-        folder, objects = json.loads(text)
-        return cls(folder, [(name, nbytes) for name, nbytes in objects])
+        folder, objects, by_number = json.loads(text)
+        return cls(folder, [(name, nbytes) for name, nbytes in objects], by_number)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnCopy:
+    """How a rank has copied its objects."""
+
+    problem: str = ""
+    """Why it failed."""
+    lacking: Sequence[str] = ()
+    """Objects that it should copy and does not see."""
+    is_out_of_reach: bool = False
+    """See `CopyResult`."""
+
+    def to_json(self) -> str:
+        return json.dumps([self.problem, list(self.lacking)])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> _OwnCopy:
+        return cls(*json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +209,31 @@ class MirrorCopier:
         manifest = NativeSource.find(source)
         if manifest is None:
             return CopyResult(problem="it was removed")
-        data, copy = manifest.contents(), CheckpointCopy(folder, list(manifest.objects))
+        data, objects = manifest.contents(), list(manifest.objects)
+        copied = self._copy_on_all_ranks(CheckpointCopy(folder, objects))
+        lacking = {name for one in copied for name in one.lacking}
+        if lacking and self._world > 1:
+            # Other ranks may be on the machines that have them, if the number of ranks has changed since the save.
+            left = CheckpointCopy(folder, [found for found in objects if found[0] in lacking], by_number=False)
+            again = self._copy_on_all_ranks(left)
+            lacking.intersection_update(*(one.lacking for one in again))
+            copied += again
+        problems = [one.problem for one in copied if one.problem]
+        if lacking:
+            problems.append(f"no rank has {quoted(sorted(lacking))}")
+        if problems:
+            return CopyResult(problem="; ".join(problems), is_out_of_reach=any(one.is_out_of_reach for one in copied))
+        commit(target, data, {name for name, _ in objects}, overwrite=overwrite)
+        return CopyResult(is_complete=True)
+
+    def _copy_on_all_ranks(self, copy: CheckpointCopy) -> list[_OwnCopy]:
+        """Copy objects on all ranks, and wait for them. Return what `_copy_own` returned on each of them."""
         self._count += 1
         if self._key_value_store is not None:
             self._key_value_store.set(f"{self._key}/{self._count}", copy.to_json())
-        own = self._copy_own(copy)
-        problems = [own.problem, *self._problems_of_others()]
-        if any(problems):
-            return replace(own, problem="; ".join(filter(None, problems)), is_complete=False)
-        commit(target, data, {name for name, _ in copy.objects}, overwrite=overwrite)
-        return CopyResult(is_complete=True)
+        return [self._copy_own(copy), *self._copied_by_others()]
 
-    def _problems_of_others(self) -> list[str]:
+    def _copied_by_others(self) -> list[_OwnCopy]:
         """Wait for the other ranks, and return for each of them what `_copy_own` returned."""
         if self._key_value_store is None:
             return []
@@ -211,10 +246,10 @@ class MirrorCopier:
                 self._key_value_store,
                 lambda: [at for at, key in keys.items() if not self._key_value_store.check([key])],
             )
-        problems = [self._key_value_store.get(key).decode() for key in keys.values()]
+        copied = [_OwnCopy.from_json(self._key_value_store.get(key)) for key in keys.values()]
         for key in (*keys.values(), f"{self._key}/{self._count}"):
             self._key_value_store.delete_key(key)
-        return problems
+        return copied
 
     def _follow(self) -> None:
         """Copy what rank 0 publishes, on another rank."""
@@ -225,26 +260,30 @@ class MirrorCopier:
                 if self._key_value_store.check([key]):
                     copy = CheckpointCopy.from_json(self._key_value_store.get(key))
                     self._count += 1
-                    self._key_value_store.set(f"{key}/{self._rank}", self._copy_own(copy).problem)
+                    self._key_value_store.set(f"{key}/{self._rank}", self._copy_own(copy).to_json())
         except RuntimeError as error:
             logger.info("the process group has ended, and this rank copies no more checkpoints: %s", error)
 
-    def _copy_own(self, copy: CheckpointCopy) -> CopyResult:
+    def _copy_own(self, copy: CheckpointCopy) -> _OwnCopy:
         """Copy the objects of this rank."""
-        own = [
-            (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
-        ]
+        own = [found for found in copy.objects if not copy.by_number or self._has_number_of(found[0])]
         try:
             source, target = self._source(copy.folder), self._target(copy.folder)
+            lacking = [name for name, _ in own if not exists(source, name)]
+            own = [found for found in own if found[0] not in lacking]
             _check_undamaged(source, [name for name, _ in own])
             with Pool(CONCURRENT_COPIES, "reshard-copy") as pool:
                 for _ in pool.map(lambda item: copy_object(source, target, *item), own):
                     pass
         except CheckpointError as error:
-            return CopyResult(problem=f"rank {self._rank}: {error}", is_out_of_reach=self._is_out_of_reach(error))
+            return _OwnCopy(f"rank {self._rank}: {error}", is_out_of_reach=self._is_out_of_reach(error))
         except Exception as error:
-            return CopyResult(problem=f"rank {self._rank}: {type(error).__name__}: {error}")
-        return CopyResult(is_complete=True)
+            return _OwnCopy(f"rank {self._rank}: {type(error).__name__}: {error}")
+        return _OwnCopy(lacking=lacking)
+
+    def _has_number_of(self, name: str) -> bool:
+        """Return whether this rank wrote an object. Those of ranks that no longer exist are divided among all."""
+        return (rank_of_object(name) or 0) % self._world == self._rank
 
     def _is_out_of_reach(self, error: Exception) -> bool:
         """Return whether an error says that the mirror, and not the root, does not answer or refuses access."""
@@ -298,12 +337,18 @@ def copy_object(source: Store, target: Store, name: str, nbytes: int) -> None:
     retried(write)  # an object that is being written cannot be continued after a failure
 
 
-def remove_own_objects(root: str, folders: Iterable[str], rank: int) -> None:
-    """Remove what a rank wrote to folders on a disk of its machine, after rank 0 has removed the checkpoints."""
+def remove_own_objects(root: str, folders: Iterable[str], rank: int, world: int) -> None:
+    """Remove what a rank wrote to folders on a disk of its machine, after rank 0 has removed the checkpoints.
+
+    What ranks wrote that no longer exist is removed, too.
+
+    Args:
+        world: the number of ranks.
+    """
     for folder in folders:
         store = _open(root, None, folder)
         try:
-            store.delete([name for name in store.list() if rank_of_object(name) == rank])
+            store.delete([name for name in store.list() if _is_left_to(rank, world, name)])
         except CheckpointError as error:
             logger.warning("objects of a checkpoint that was removed remain in %s: %s", store.location, error)
         if isinstance(store, LocalStore):
@@ -311,7 +356,13 @@ def remove_own_objects(root: str, folders: Iterable[str], rank: int) -> None:
             store.delete_if_empty()
 
 
-def remove_own_leftovers(root: str, known: Iterable[str], rank: int) -> None:
+def _is_left_to(rank: int, world: int, name: str) -> bool:
+    """Return whether a rank wrote an object, or a rank that no longer exists."""
+    owner = rank_of_object(name)
+    return owner is not None and (owner == rank or owner >= world)
+
+
+def remove_own_leftovers(root: str, known: Iterable[str], rank: int, world: int) -> None:
     """Remove what a rank wrote to a disk of its machine a day ago or earlier, in folders that rank 0 does not know.
 
     Rank 0 may have ended before it could tell this rank what it had removed.
@@ -319,16 +370,17 @@ def remove_own_leftovers(root: str, known: Iterable[str], rank: int) -> None:
     Args:
         root: the root of the run.
         known: the folders of all checkpoints that rank 0 sees.
+        rank, world: see `remove_own_objects`.
     """
     store = open_store(root)
     own: dict[str, list[str]] = {}
     for name in store.list():
         folder = name.partition("/")[0]
-        if rank_of_object(name) == rank and STEP_FOLDER.fullmatch(folder):
+        if _is_left_to(rank, world, name) and STEP_FOLDER.fullmatch(folder):
             own.setdefault(folder, []).append(name)
     begin = time.time() - LEFTOVERS_KEPT_S
     old = [folder for folder in own.keys() - set(known) if all(store.modified(name) < begin for name in own[folder])]
-    remove_own_objects(root, sorted(old), rank)
+    remove_own_objects(root, sorted(old), rank, world)
 
 
 def _open(root: str, storage_options: Mapping[str, Any] | None, folder: str) -> Store:

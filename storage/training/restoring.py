@@ -32,7 +32,9 @@ DAMAGE_ERRORS = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError,
 """Errors that mean that a checkpoint is damaged or gone."""
 STORE_ERRORS = (UnavailableError, AccessDeniedError)
 """Errors that concern the store as a whole. A later restore may not have them."""
+OVERWRITTEN = ", and the loads may have overwritten a part of the state dict, so do not continue with it"
 Load = Callable[[Candidate], Report]
+_Failure = tuple[Candidate, CheckpointError]
 
 
 def restore_latest(
@@ -57,14 +59,15 @@ def restore_latest(
         StoreError: the same, but not all of these candidates are damaged: some could not be read.
         CheckpointError: what `reshard.load` raises for other reasons than damage.
     """
-    failed: list[tuple[Candidate, CheckpointError]] = []
+    failed: list[_Failure] = []
     for candidate in candidates:
-        if candidate.error is not None and not _is_unreadable(candidate.error):
-            raise _noting(candidate.error, failed)
-        if candidate.problem:
-            why = candidate.error or CorruptCheckpointError(candidate.problem)
+        entry = candidate.entry
+        if entry.error is not None and not _is_unreadable(entry.error):
+            raise _noting(entry.error, failed)
+        if entry.problem:
+            why = entry.error or CorruptCheckpointError(entry.problem)
             _pass_over(candidate, why, process_group)
-            if candidate.is_committed:
+            if entry.is_committed:
                 failed.append((candidate, why))
             continue
         report, error = _attempt(lambda candidate=candidate: load(candidate), process_group)  # type: ignore[misc]
@@ -80,8 +83,9 @@ def restore_latest(
         details = "; ".join(f"{candidate}: {error}" for candidate, error in failed)
         is_damage = all(isinstance(error, DAMAGE_ERRORS) for _, error in failed)
         raise (CorruptCheckpointError if is_damage else StoreError)(
-            f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the "
-            f"state dict, so do not continue with it: {details}"
+            "none of the checkpoints of this run can be loaded"
+            + (OVERWRITTEN if any(map(_was_tried, failed)) else "")
+            + f": {details}"
         )
     return None
 
@@ -96,15 +100,21 @@ def _is_unreadable(error: CheckpointError) -> bool:
     return isinstance(error, DAMAGE_ERRORS) or (isinstance(error, StoreError) and not isinstance(error, STORE_ERRORS))
 
 
-def _noting(error: CheckpointError, failed: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
+def _noting(error: CheckpointError, failed: Sequence[_Failure]) -> CheckpointError:
     """Return an error with a note about the checkpoints that were tried before."""
     if failed:
         candidate, earlier = failed[-1]
         state = "was damaged" if isinstance(earlier, DAMAGE_ERRORS) else "could not be read"
-        error.add_note(
-            shown(f"Before this, {candidate} {state}. Its load may have overwritten a part of the state dict")
-        )
+        note = f"Before this, {candidate} {state}"
+        if any(map(_was_tried, failed)):
+            note += ". A load that failed may have overwritten a part of the state dict"
+        error.add_note(shown(note))
     return error
+
+
+def _was_tried(failure: _Failure) -> bool:
+    """Return whether a load of the checkpoint began. It may have overwritten a part of the state dict."""
+    return not failure[0].entry.problem
 
 
 def _attempt(
@@ -130,7 +140,7 @@ def _attempt(
 def _pass_over(candidate: Candidate, error: CheckpointError, process_group: dist.ProcessGroup | None) -> None:
     if rank_of(process_group):
         return
-    if candidate.is_committed:
+    if candidate.entry.is_committed:
         state = "is damaged" if isinstance(error, DAMAGE_ERRORS) else "cannot be read"
         logger.warning("%s %s and is not restored: %s", candidate, state, error)
     else:
@@ -141,7 +151,7 @@ def _check_nothing_is_left(
     state_dict: MutableMapping[str, Any],
     report: Report,
     loaded: Candidate,
-    failed: Sequence[tuple[Candidate, CheckpointError]],
+    failed: Sequence[_Failure],
     options: LoadOptions,
     storage_options: Callable[[Candidate], Any],
     process_group: dist.ProcessGroup | None,
@@ -150,7 +160,7 @@ def _check_nothing_is_left(
 
     This concerns only entries that may be missing (`strict=False`, `allow_missing`).
     """
-    tried = [(candidate, error) for candidate, error in failed if not candidate.problem]
+    tried = list(filter(_was_tried, failed))
     if not tried or not any(on_all_ranks(lambda: bool(report.missing_keys), process_group)):
         return
 
@@ -171,7 +181,7 @@ def _check_nothing_is_left(
         candidate, error = tried[-1]
         is_damage = isinstance(error, DAMAGE_ERRORS)
         raise (CorruptCheckpointError if is_damage else StoreError)(
-            f"{candidate} {'is damaged' if is_damage else 'cannot be read'}, and {loaded} does not have {names[0]!r}, "
-            "which the load of the first may have overwritten: do not continue with this state dict. Initialize it "
-            f"again, and call restore(state, step={loaded.step})"
+            f"{candidate} {'is damaged' if is_damage else 'cannot be read'}, and its load may have changed "
+            f"{names[0]!r}. {loaded} does not have {names[0]!r}: do not continue with this state dict. Initialize it "
+            f"again, and call restore(state, step={loaded.entry.step})"
         )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,9 +20,12 @@ from typing import Any
 import torch
 
 from ...planner.errors import CheckpointError
-from ..errors import ArgumentError
+from ..errors import ArgumentError, StoreError
 from ..maintenance.catalog import NOT_COMMITTED, FoundCheckpoint, find_checkpoints
-from ..stores.uris import folder_below
+from ..runtime.process_group import portable
+from ..stores.local import LocalStore
+from ..stores.open import open_store
+from ..stores.uris import folder_below, join_location
 from .policies import SavedStep
 
 MANAGED = "manager"
@@ -36,7 +41,7 @@ class RunEntry:
 
     saved: SavedStep
     sequence: int
-    """Increases with each save of the run; -1 if another tool saved it."""
+    """Increases with each save of the run; -1 if another tool saved it. See `next_sequence`."""
     folder: str
     """The folder below the root of the run."""
     problem: str = ""
@@ -46,7 +51,7 @@ class RunEntry:
     is_native: bool = True
     """Whether it has reshard's format. Others can be loaded, but are never removed."""
     error: CheckpointError | None = field(default=None, compare=False)
-    """Why it cannot be opened."""
+    """Why it cannot be opened. It can be sent to other ranks."""
     parent: int | None = None
     """The sequence number of the checkpoint before it; -1 if it is the first, or None if this is not known."""
     is_partial: bool = False
@@ -82,7 +87,7 @@ def find_entries(
     Raises:
         StoreError, UnsupportedURIError: the location cannot be listed.
     """
-    entries = []
+    entries = _unreadable_entries(root, storage_options)
     for found in find_checkpoints(root, storage_options):
         folder = folder_below(root, found.uri)
         step = STEP_FOLDER.fullmatch(folder)
@@ -93,14 +98,30 @@ def find_entries(
     return entries
 
 
+def _unreadable_entries(root: str, storage_options: Mapping[str, Any] | None) -> list[RunEntry]:
+    """Return the checkpoints on a disk whose folders this process may not list. `find_checkpoints` leaves them out."""
+    store = open_store(root, storage_options)
+    entries = []
+    if isinstance(store, LocalStore):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for folder in filter(STEP_FOLDER.fullmatch, os.listdir(store.location)):
+                try:
+                    next(iter(open_store(join_location(root, folder), storage_options).list()), None)
+                except StoreError as error:
+                    step = int(folder.partition("-")[2])
+                    saved = SavedStep(step, datetime.datetime.fromtimestamp(0, datetime.UTC), {})
+                    entries.append(RunEntry(saved, -1, folder, problem=str(error), error=portable(error)))
+    return entries
+
+
 def _entry(found: FoundCheckpoint, folder: str, step: int) -> RunEntry:
     managed = found.metadata.get(MANAGED)
     managed = managed if isinstance(managed, Mapping) else {}
     sequence, parent = (number if type(number := managed.get(key)) is int else None for key in ("sequence", "parent"))
-    time = found.created or datetime.datetime.fromtimestamp(0, datetime.UTC)
+    created = found.created or datetime.datetime.fromtimestamp(0, datetime.UTC)
     with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-        time = datetime.datetime.fromisoformat(managed["time"]).astimezone(datetime.UTC)
-    saved = SavedStep(step, time, stored_metrics(found.metadata.get(METRICS)))
+        created = datetime.datetime.fromisoformat(managed["time"]).astimezone(datetime.UTC)
+    saved = SavedStep(step, created, stored_metrics(found.metadata.get(METRICS)))
     return RunEntry(
         saved,
         -1 if sequence is None else sequence,
@@ -108,12 +129,12 @@ def _entry(found: FoundCheckpoint, folder: str, step: int) -> RunEntry:
         problem="" if found.is_complete else found.state,
         is_committed=found.state != NOT_COMMITTED,
         is_native=found.format == "reshard",
-        error=found.error,
+        error=None if found.error is None else portable(found.error),
         parent=parent,
     )
 
 
-def metadata_of(saved: SavedStep, sequence: int, parent: int, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def metadata_of(entry: RunEntry, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the metadata of a checkpoint: the user's, the metrics, and what `find_entries` needs.
 
     Raises:
@@ -122,8 +143,9 @@ def metadata_of(saved: SavedStep, sequence: int, parent: int, metadata: Mapping[
     for key in (METRICS, MANAGED):
         if metadata and key in metadata:
             raise ArgumentError(f"metadata has the key {key!r}, which the CheckpointManager uses: use another key")
-    managed = {"sequence": sequence, "parent": parent, "time": saved.time.isoformat()}
-    return {**(metadata or {}), **({METRICS: dict(saved.metrics)} if saved.metrics else {}), MANAGED: managed}
+    managed = {"sequence": entry.sequence, "parent": entry.parent, "time": entry.saved.time.isoformat()}
+    metrics = {METRICS: dict(entry.saved.metrics)} if entry.saved.metrics else {}
+    return {**(metadata or {}), **metrics, MANAGED: managed}
 
 
 def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
@@ -145,8 +167,11 @@ def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
 
 
 def next_sequence(entries: Iterable[RunEntry]) -> int:
-    """Return the sequence number of the next save."""
-    return 1 + max((entry.sequence for entry in entries), default=-1)
+    """Return the sequence number of the next save: the time in milliseconds, or one more than the last number.
+
+    Two machines that continue from one checkpoint, without knowing each other, then use different numbers.
+    """
+    return max(int(time.time() * 1000), 1 + max((entry.sequence for entry in entries), default=-1))
 
 
 def stored_metrics(stored: object) -> dict[str, float]:

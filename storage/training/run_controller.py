@@ -5,15 +5,12 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
-from ...planner.errors import CheckpointError
 from ..errors import ArgumentError, StoreError
 from ..runtime.logs import logger_of
-from ..runtime.process_group import portable
 from ..runtime.threads import Pool
-from ..stores.uris import last_name
 from .mirror import CopyResult, MirrorCopier
 from .policies import SavedStep
 from .run_catalog import RunEntry, branch, next_sequence, step_folder
@@ -26,36 +23,25 @@ logger = logger_of(__name__)
 class SaveDecision:
     """What a call of `CheckpointManager.save` does, as rank 0 decided it."""
 
+    entry: RunEntry
+    """The checkpoint, once it is complete."""
     is_skipped: bool
     """Whether the checkpoint exists already."""
     overwrite: bool
-    saved: SavedStep
-    """The checkpoint as policies see it, once it is complete."""
-    sequence: int
-    parent: int
-    """The sequence number of the checkpoint before it; -1 if it is the first."""
+    """Whether there is something in its folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A checkpoint that `CheckpointManager.restore` may load."""
 
-    step: int
+    entry: RunEntry
+    """If it has a problem, it is not loaded."""
     uri: str
-    on_mirror: bool = False
-    sequence: int = -1
-    problem: str = ""
-    """Why it is not loaded. Empty if it can be loaded."""
-    is_committed: bool = True
-    error: CheckpointError | None = field(default=None, compare=False)
-    """The error that opening it raised."""
+    on_mirror: bool
 
     def __str__(self) -> str:
-        return f"step {self.step} at {self.uri}"
-
-    @property
-    def folder(self) -> str:
-        return last_name(self.uri)
+        return f"step {self.entry.step} at {self.uri}"
 
 
 class RunController:
@@ -72,6 +58,8 @@ class RunController:
         self._mirror = mirror
         self._copier = copier
         self._locations = [root] if mirror is None else [root, mirror]
+        if mirror is not None:
+            root.twin, mirror.twin = mirror, root
         self._is_stale = False
         """Whether a save failed, so that it is unknown whether its checkpoint exists."""
         self._own_steps: set[int] = set()
@@ -107,8 +95,10 @@ class RunController:
         """Return the folders of all known checkpoints, complete or not."""
         return {entry.folder for location in self._locations for entry in location.entries()}
 
-    def decide(self, step: int, metrics: Mapping[str, float], *, force: bool) -> SaveDecision:
+    def begin_save(self, step: int, metrics: Mapping[str, float], *, force: bool) -> SaveDecision:
         """Decide whether a step is saved, and under which number.
+
+        If it is saved, its folder is not removed until `end_save`. This waits if it is being removed.
 
         Raises:
             ArgumentError: the run has a checkpoint of a later step.
@@ -133,35 +123,34 @@ class RunController:
             )
         overwrite = any(entry.step == step for entry in self.root.entries())
         now = datetime.datetime.now(datetime.UTC)
-        parent = max((entry.sequence for entry in current if entry.step < step), default=-1)
-        return SaveDecision(
-            is_saved and not force, overwrite, SavedStep(step, now, metrics), self._next_sequence(), parent
+        entry = RunEntry(
+            SavedStep(step, now, metrics),
+            self._next_sequence(),
+            step_folder(step),
+            parent=max((entry.sequence for entry in current if entry.step < step), default=-1),
+            is_partial=not self.root.is_shared,
         )
+        is_skipped = is_saved and not force
+        if not is_skipped:
+            for location in self._locations:
+                location.protect([entry.folder])
+        return SaveDecision(entry, is_skipped, overwrite)
 
-    def begin_save(self, decision: SaveDecision) -> None:
-        """Keep the folder of a step from being removed until `end_save`."""
-        for location in self._locations:
-            location.protect([step_folder(decision.saved.step)])
-
-    def end_save(self, decision: SaveDecision, *, is_committed: bool) -> None:
+    def end_save(self, entry: RunEntry, *, is_committed: bool) -> None:
         """Note that a save has ended. If it succeeded, copy it, and remove the checkpoints that are not kept."""
-        folder = step_folder(decision.saved.step)
         if is_committed:
-            self._own_steps.add(decision.saved.step)
-            is_partial = not self.root.is_shared
-            self.root.add(
-                RunEntry(decision.saved, decision.sequence, folder, parent=decision.parent, is_partial=is_partial)
-            )
+            self._own_steps.add(entry.step)
+            self.root.add(entry)
         # Before `add`, a removal could delete the new data in this folder as if it were the old checkpoint.
         for location in self._locations:
-            location.unprotect([folder])
+            location.unprotect([entry.folder])
         if is_committed:
             self._copy_missing()
             self.root.remove_not_kept()
         else:
             self._is_stale = True
 
-    def follow_save(self, decision: SaveDecision, wait: Callable[[], BaseException | None]) -> None:
+    def follow_save(self, entry: RunEntry, wait: Callable[[], BaseException | None]) -> None:
         """Call `end_save` when a save in the background has ended.
 
         Args:
@@ -172,9 +161,9 @@ class RunController:
 
         def follow() -> None:
             try:
-                self.end_save(decision, is_committed=wait() is None)
+                self.end_save(entry, is_committed=wait() is None)
             except Exception as error:
-                logger.error("after the save of step %d: %s: %s", decision.saved.step, type(error).__name__, error)
+                logger.error("after the save of step %d: %s: %s", entry.step, type(error).__name__, error)
             finally:
                 with self._changed:
                     self._following -= 1
@@ -239,8 +228,9 @@ class RunController:
                 is_loadable = entry.is_complete and (entry.step, entry.sequence) in wanted and not entry.is_partial
                 is_broken = not entry.is_complete and entry.step > last and step in (None, entry.step)
                 if is_loadable or is_broken:
-                    candidates.append(_candidate(location, entry, on_mirror=location is self._mirror))
-        self._reading = sorted(candidates, key=lambda found: (-found.step, found.on_mirror))
+                    uri = location.uri_of(entry.folder)
+                    candidates.append(Candidate(entry, uri, on_mirror=location is self._mirror))
+        self._reading = sorted(candidates, key=lambda found: (-found.entry.step, found.on_mirror))
         for location in self._locations:
             location.protect(self._folders_read_from(location))
         return self._reading
@@ -251,7 +241,7 @@ class RunController:
             location.unprotect(self._folders_read_from(location))
         self._reading = []
 
-    def rewind(self, to: Candidate) -> None:
+    def rewind(self, to: RunEntry) -> None:
         """Continue from a checkpoint: abandon those that were saved after it."""
         self._own_steps.add(to.step)
         for location in self._locations:
@@ -262,7 +252,7 @@ class RunController:
         return max(known, self._first_sequence)
 
     def _folders_read_from(self, location: RunLocation) -> list[str]:
-        return [found.folder for found in self._reading if found.on_mirror == (location is self._mirror)]
+        return [found.entry.folder for found in self._reading if found.on_mirror == (location is self._mirror)]
 
     def _copy_missing(self) -> None:
         """Copy the checkpoints that are kept and that the mirror does not have, in the background."""
@@ -315,18 +305,6 @@ class RunController:
         if result.is_complete:
             self._mirror.remove_not_kept()
         self.root.remove_not_kept()
-
-
-def _candidate(location: RunLocation, entry: RunEntry, *, on_mirror: bool) -> Candidate:
-    return Candidate(
-        entry.step,
-        location.uri_of(entry.folder),
-        on_mirror,
-        entry.sequence,
-        entry.problem,
-        entry.is_committed,
-        None if entry.error is None else portable(entry.error),
-    )
 
 
 def with_step(saved: Sequence[SavedStep], new: SavedStep) -> tuple[SavedStep, ...]:

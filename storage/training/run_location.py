@@ -68,6 +68,8 @@ class RunLocation:
         is_shared: bool = True,
     ) -> None:
         self.uri = uri
+        self.twin: RunLocation | None = None
+        """The other location of the run."""
         self.is_shared = is_shared
         self.storage_options = storage_options
         self._policies = policies
@@ -78,8 +80,8 @@ class RunLocation:
         self._protected: dict[str, int] = {}
         """How many reads and writes are using each folder."""
         self._removing: str | None = None
-        self._removals = 0
-        """How many removals have ended."""
+        self._changes = 0
+        """How many checkpoints were added, and how many removals have ended."""
         self._removed: list[str] = []
         self._pool = Pool(1, "reshard-retention")
         self._pending = 0
@@ -89,11 +91,12 @@ class RunLocation:
     def refresh(self) -> None:
         """List the checkpoints again."""
         while True:
-            removals = self._removals
+            changes = self._changes
             found = find_entries(self.uri, self.storage_options, is_shared=self.is_shared)
             with self._changed:
-                if self._removals == removals:  # otherwise the list may have a checkpoint that was removed meanwhile
-                    self._entries = [entry for entry in found if entry.folder != self._removing]
+                if self._changes == changes:  # otherwise the list may be older than the change
+                    removing = [entry for entry in self._entries if entry.folder == self._removing]
+                    self._entries = [*removing, *(entry for entry in found if entry.folder != self._removing)]
                     return
 
     def entries(self) -> list[RunEntry]:
@@ -123,6 +126,7 @@ class RunLocation:
         with self._changed:
             self._entries = [known for known in self._entries if known.folder != entry.folder]
             self._entries.append(entry)
+            self._changes += 1
 
     @contextmanager
     def protecting(self, folders: Iterable[str]) -> Iterator[None]:
@@ -153,8 +157,10 @@ class RunLocation:
         """Return the checkpoints that are complete, not abandoned, and kept by a policy, in the order of steps."""
         return self._kept_of(self.current())
 
-    def _kept_of(self, current: Iterable[RunEntry]) -> list[RunEntry]:
-        found = branch(current)
+    def _kept_of(self, current: Sequence[RunEntry]) -> list[RunEntry]:
+        # The twin shows which checkpoints are abandoned: training may have continued on another machine.
+        on_branch = {entry.key for entry in branch([*current, *(self.twin.current() if self.twin else ())])}
+        found = branch(entry for entry in current if entry.key in on_branch)
         if self._policies is None:
             return found
         steps = kept_steps(self._policies, [entry.saved for entry in found])
@@ -250,7 +256,7 @@ class RunLocation:
             finally:
                 with self._changed:
                     self._removing = None
-                    self._removals += 1
+                    self._changes += 1
                     self._changed.notify_all()
 
     def _remove(self, entry: RunEntry) -> None:

@@ -148,32 +148,44 @@ class _OptimizerState:
         """Return `{"state": {name: state}, "param_groups": {name: (settings of its group, has_state)}}`."""
         self._check_parameters()
         without_state = [_parameters_without_state(optimizer) for optimizer in self._optimizers]
-        new = [
-            [p for p in parameters if p.requires_grad and p.numel() and id(p) not in self._stateless]
-            for parameters in without_state
-        ]
-        # For FSDP1, only torch knows which names have a state: a parameter may be empty here, or have many names.
-        before = self._torch_state() if self._is_fsdp1 and self._any_rank(any(new)) else None
-        try:
-            for optimizer, parameters in zip(self._optimizers, new, strict=True):
-                if parameters and not (optimizer.state and _needs_closure(optimizer)):  # LBFGS has one state for all
-                    _create_states(optimizer, parameters, self._model)
-                    self._stateless |= {id(p): p for p in parameters if not optimizer.state.get(p)}
-            found = self._torch_state()
-        finally:
+        is_lacking = any(any(map(self._may_have_state, parameters)) for parameters in without_state)
+        # Only torch knows which names have a state. For FSDP1, a parameter may be empty here, or have many names. An
+        # optimizer that wraps another one may return the states of the inner one.
+        is_lacking = self._any_rank(is_lacking) if self._is_fsdp1 else is_lacking
+        before = self._torch_state() if is_lacking else None
+        if before is not None and not self._is_fsdp1:
+            known = self._parameters_in(before)
+            without_state = [[p for p in parameters if id(p) not in known] for parameters in without_state]
+        with contextlib.ExitStack() as stack:
+            new: list[tuple[Optimizer, nn.Parameter]] = []
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
-                for parameter in parameters:
-                    optimizer.state.pop(parameter, None)
-        known = (found if before is None else before)["state"].keys()
+                stack.callback(_remove_states, optimizer, parameters)
+                of_optimizer = list(filter(self._may_have_state, parameters))
+                if of_optimizer and not (optimizer.state and _needs_closure(optimizer)):  # LBFGS has one state for all
+                    _create_states(optimizer, of_optimizer, self._model, stack)
+                    new += ((optimizer, parameter) for parameter in of_optimizer)
+            found = self._torch_state()
+            created = set() if self._is_fsdp1 else self._parameters_in(found)
+            self._stateless |= {id(p): p for one, p in new if not one.state.get(p) and id(p) not in created}
+        known_names = (found if before is None else before)["state"].keys()
         self._names = [group["params"] for group in found["param_groups"]]
         lacking = {id(parameter) for parameters in without_state for parameter in parameters}
         settings: dict[str, tuple[dict[str, Any], bool]] = {}
         for group, (_, parameters) in zip(found["param_groups"], self._groups(), strict=True):
             of_group = _settings(group)
             for at, name in enumerate(group["params"]):
-                has_state = name in known if self._is_fsdp1 else id(parameters[at]) not in lacking
+                has_state = name in known_names if self._is_fsdp1 else id(parameters[at]) not in lacking
                 settings[name] = of_group, has_state
         return {"state": found["state"], "param_groups": settings}
+
+    def _may_have_state(self, parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and parameter.numel() > 0 and id(parameter) not in self._stateless
+
+    def _parameters_in(self, state: Any) -> set[int]:
+        """Return the `id` of the parameters that have a state in torch's state dict of the optimizers."""
+        groups = zip(state["param_groups"], self._groups(), strict=True)
+        named = (pair for group, (_, own) in groups for pair in zip(group["params"], own, strict=True))
+        return {id(parameter) for name, parameter in named if state["state"].get(name)}
 
     def _any_rank(self, is_true: bool) -> bool:
         """Return whether an argument is True on any rank of the model's FSDP1 modules. Collective."""
@@ -275,12 +287,22 @@ def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if not optimizer.state.get(parameter)]
 
 
-def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: nn.Module) -> None:
+def _remove_states(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def _create_states(
+    optimizer: Optimizer, parameters: list[nn.Parameter], model: nn.Module, until_read: contextlib.ExitStack
+) -> None:
     """Create the states of parameters that have not been updated.
 
     This makes a step with gradients of 0. What else the step may change is restored: the values of the parameters, the
     settings and attributes of the optimizer and of those inside it, and the state of random generators. Hooks are not
     called.
+
+    Args:
+        until_read: restores the states of optimizers inside this one, which may be a part of its state dict.
 
     Raises:
         UnsupportedValueError: the step fails, for example because it needs a closure.
@@ -298,6 +320,9 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
             # Weight decay would be added to the momentum of SGD, and an eps of 0 would lead to NaN.
             stack.enter_context(_with_settings(one, lr=0.0, weight_decay=0.0, eps=1.0))
         if not step.__module__.startswith("torch.optim."):
+            for one in optimizers[1:]:
+                if one.state is not optimizer.state:
+                    _restore_later(one.state, until_read, {})
             stack.enter_context(_unchanged(optimizers, parameters))
         for parameter in parameters:
             parameter.grad = zeros(parameter)
@@ -310,9 +335,10 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: 
                 f"been updated yet, such as {names[id(parameters[0])]!r}: {reason(error)}. Make a step in which they "
                 "have gradients. If they never have any, freeze them, or leave them out of the optimizer"
             ) from error
-    for parameter in parameters:
-        if isinstance(step := optimizer.state.get(parameter, {}).get("step"), torch.Tensor):
-            step.zero_()
+    for one in optimizers:
+        for parameter in parameters:
+            if isinstance(step := one.state.get(parameter, {}).get("step"), torch.Tensor):
+                step.zero_()
 
 
 def _sparse_zeros(parameter: torch.Tensor) -> torch.Tensor:
@@ -347,10 +373,10 @@ def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
 
 @contextlib.contextmanager
 def _unchanged(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Restore what the step of an optimizer changes, except its states of parameters.
+    """Restore what the step of an optimizer changes, except states of parameters.
 
     Args:
-        optimizers: the optimizer, and those inside it, whose states are restored.
+        optimizers: the optimizer, and those inside it.
         parameters: those that the step updates.
     """
     accelerator = torch.accelerator.current_accelerator()
@@ -366,8 +392,6 @@ def _unchanged(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Paramete
         for parameter in parameters:
             _restore_later(parameter, stack, {})
         for one in optimizers:
-            if one.state is not outer.state:
-                _restore_later(one.state, stack, {})
             attributes = dict(vars(one))
             stack.callback(_set_attributes, one, attributes)
             names: list[str] = copyreg._slotnames(type(one))  # type: ignore[attr-defined]

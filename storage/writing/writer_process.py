@@ -260,6 +260,7 @@ class WriterProcess:
                     if kind != "wrote":
                         return value if kind == "done" else []
         self._process.kill()
+        self._connection.close()  # the next save starts another process: this one may take long to end
         return []
 
     def _map(self, arena: Arena) -> None:

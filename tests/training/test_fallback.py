@@ -286,6 +286,23 @@ def test_error_after_a_damaged_checkpoint_says_that_the_state_may_be_overwritten
     assert note.startswith(f"Before this, step 2 at {tmp_path}/step-00000002 was damaged.")
 
 
+def test_a_checkpoint_that_was_not_loaded_has_overwritten_nothing(tmp_path: Path) -> None:
+    with manager_of(str(tmp_path)) as manager:
+        manager.save(1, {"w": torch.ones(100, 100)})
+        manager.save(2, {"w": torch.ones(200, 200)})
+    (path,) = (tmp_path / "step-00000002" / "data").iterdir()
+    path.unlink()
+    with manager_of(str(tmp_path)) as manager:
+        with pytest.raises(errors.ShapeMismatchError) as caught:
+            manager.restore({"w": torch.zeros(200, 200)})
+        assert caught.value.__notes__ == [f"Before this, step 2 at {tmp_path}/step-00000002 was damaged"]
+        (path,) = (tmp_path / "step-00000001" / "data").iterdir()
+        path.unlink()
+        with pytest.raises(errors.CorruptCheckpointError, match="can be loaded: step 2 at") as lost:
+            manager.restore({"w": torch.zeros(200, 200)})
+        assert "overwritten" not in str(lost.value)
+
+
 def test_requested_step_does_not_fall_back(ranks: RankPool, saved_run: Path, tmp_path: Path) -> None:
     shutil.copytree(saved_run, tmp_path / "run")
     for path in objects_of(1)(tmp_path / "run" / LAST):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,26 @@ def change_holder(root: Path, **fields: Any) -> None:
 
 def of_another_machine(root: Path) -> None:
     change_holder(root, host="other", process="other", time=time.time())
+
+
+def test_a_release_does_not_wait_for_a_store_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease = Lease(str(tmp_path), renew_every_s=0.01)
+    is_renewing, may_end = threading.Event(), threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        is_renewing.set()
+        assert may_end.wait(60)
+
+    monkeypatch.setattr(lease, "_write", hang)
+    assert is_renewing.wait(60)
+    monkeypatch.setattr(lease_module, "RELEASE_TIMEOUT_S", 0.1)
+    lease.release()
+    assert "is not released: the store does not answer" in caplog.text
+    may_end.set()
+    with pytest.raises(errors.RunInUseError, match="was closed, so nothing was committed"):
+        lease.check()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc as gc_of_python
 import json
 import logging
@@ -17,6 +18,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import manager_threads, run_location
+from reshard.storage.training.run_catalog import find_entries
 from tests.ranks import RankFailed, RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -949,13 +952,137 @@ def test_checkpoint_with_a_metric_that_is_no_number_is_not_removed_when_the_run_
 def test_metadata_with_impossible_numbers_does_not_hide_the_run(tmp_path: Path) -> None:
     with manager_of(tmp_path) as manager:
         train(manager, [1])
-    managed = {"sequence": 5, "parent": 0, "time": "0001-01-01T00:00:00+05:00"}
+    first = reshard.open(tmp_path / "step-00000001").metadata["manager"]["sequence"]
+    managed = {"sequence": first + 5, "parent": first, "time": "0001-01-01T00:00:00+05:00"}
     metadata = {"metrics": {"loss": 10**400, "acc": 0.5}, "manager": managed}
     reshard.save(state(2), tmp_path / "step-00000002", metadata=metadata)
     with manager_of(tmp_path) as manager:
         assert manager.steps() == [1, 2]
         assert manager.best_step("acc") == 2
         assert manager.best_step("loss") == 1
+
+
+def test_ranks_learn_of_a_removal_from_the_folder_of_their_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, on disks that are not shared, they would later remove what they have just saved."""
+    news: list[Any] = []
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1, 2])
+        manager.wait()
+        location = manager._controller.root  # type: ignore[union-attr]
+        with location._changed:
+            location._removing = "step-00000003"
+
+        def end_removal() -> None:
+            time.sleep(0.2)
+            with location._changed:
+                location._removed.append("step-00000003")
+                location._removing = None
+                location._changed.notify_all()
+
+        accepting = manager._accept
+
+        def accept(found: Any) -> None:
+            news.append(found)
+            accepting(found)
+
+        monkeypatch.setattr(manager, "_accept", accept)
+        thread = threading.Thread(target=end_removal)
+        thread.start()
+        train(manager, [3])
+        thread.join()
+        assert "step-00000003" in news[0].removed
+        assert location.removed() == ()
+        location.wait()
+
+
+def test_a_call_that_fails_on_another_rank_protects_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reshard.storage.training import manager as manager_module
+
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        with monkeypatch.context() as patch:
+            patch.setattr(manager_module, "order_for", lambda calls: (_ for _ in ()).throw(errors.ArgumentError("no")))
+            with pytest.raises(errors.ArgumentError, match="no"):
+                train(manager, [2])
+        assert not manager._controller.root._protected  # type: ignore[union-attr]
+        train(manager, [2])
+        assert manager.steps() == [1, 2]
+
+
+def test_a_checkpoint_that_is_added_while_the_run_is_listed_stays_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    listing = find_entries
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        location = manager._controller.root  # type: ignore[union-attr]
+        (first,) = location.entries()
+        new = replace(first, folder="step-00000002", sequence=first.sequence + 1)
+        calls: list[int] = []
+
+        def list_slowly(*arguments: Any, **options: Any) -> Any:
+            found = listing(*arguments, **options)
+            if not calls:
+                location.add(new)
+            calls.append(len(found))
+            return [*found, new] if len(calls) > 1 else found
+
+        monkeypatch.setattr(run_location, "find_entries", list_slowly)
+        location.refresh()
+        assert [entry.folder for entry in location.entries()] == ["step-00000001", "step-00000002"]
+        with location._changed:
+            location._removing = "step-00000002"
+        location.refresh()  # the removal may still fail
+        assert {entry.folder for entry in location.entries()} == {"step-00000001", "step-00000002"}
+        with location._changed:
+            location._removing = None
+
+
+def test_all_threads_of_a_manager_are_ended_if_one_end_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager = manager_of(tmp_path)
+
+    def fail() -> None:
+        raise OSError("injected")
+
+    manager._threads.ends.callback(fail)
+    with pytest.raises(OSError, match="injected"):
+        manager.close()
+    with manager_of(tmp_path) as other:  # the lease was released
+        assert other.steps() == []
+
+
+@pytest.mark.parametrize("closed", ["", "data"])
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """Training would otherwise continue from an earlier step."""
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    folder = tmp_path / "step-00000002" / closed
+    scandir, stat = os.scandir, os.stat
+
+    def is_closed(path: Any) -> bool:
+        return Path(str(path)) == folder or folder in Path(str(path)).parents
+
+    def refuse_scandir(path: Any = ".") -> Any:
+        if is_closed(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    def refuse_stat(path: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(path, int) and Path(str(path)) != folder and is_closed(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "scandir", refuse_scandir)
+    monkeypatch.setattr(os, "stat", refuse_stat)
+    loaded = state(0)
+    with manager_of(tmp_path, read_only=True) as manager, pytest.raises(errors.AccessDeniedError):
+        manager.restore(loaded)
+    assert loaded["step"] == 0
 
 
 def test_steps_may_have_many_digits(tmp_path: Path) -> None:

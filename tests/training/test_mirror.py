@@ -171,16 +171,19 @@ def test_failed_copy_is_reported_and_made_after_the_next_save(
 def test_checkpoint_is_not_removed_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    may_copy = threading.Event()
+    has_begun, may_copy = threading.Event(), threading.Event()
     copying = mirror_module.copy_object
 
     def wait(*arguments: Any) -> None:
+        has_begun.set()
         assert may_copy.wait(60)
         copying(*arguments)
 
     monkeypatch.setattr(mirror_module, "copy_object", wait)
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
-        train(manager, range(1, 6))
+        train(manager, [1])
+        assert has_begun.wait(60)
+        train(manager, range(2, 6))
         manager._controller.root.wait()  # type: ignore[union-attr]
         assert 1 in steps_in(tmp_path / "root")  # its copy has begun
         may_copy.set()
@@ -213,6 +216,114 @@ def test_mirror_on_a_store(tmp_path: Path, place: Place) -> None:
     shutil.rmtree(tmp_path / "root")
     with manager_of(tmp_path, mirror=uri, mirror_options=options) as manager:
         assert restored(manager) == 2
+
+
+def value_of(folder: Path, step: int) -> float:
+    return float(reshard.open(folder / f"step-{step:08}").read("w").mean())
+
+
+@pytest.mark.parametrize("last", [4, 6, 8])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_disk_with_an_abandoned_branch_does_not_replace_newer_copies(tmp_path: Path, last: int, waits: bool) -> None:
+    """Training went back to step 2 on another machine, and then returns to the first one."""
+
+    def manager_on(disk: str) -> reshard.CheckpointManager:
+        mirror = tmp_path / "mirror"
+        return reshard.CheckpointManager(tmp_path / disk, mirror=mirror, asynchronous=False, signals=())
+
+    with manager_on("a") as manager:
+        train(manager, range(1, last + 1))
+        manager.wait()
+    with manager_on("b") as manager:
+        assert manager.restore(state(0), step=2) == 2
+        for step in (3, 4, 5):
+            manager.save(step, state(100 + step))
+    for disk in ("a", "c"):
+        with manager_on(disk) as manager:
+            assert manager.steps() == [1, 2, 3, 4, 5]
+            if waits:
+                manager.wait()
+            loaded = state(0)
+            assert manager.restore(loaded) == 5
+            assert loaded["w"].eq(105).all()
+            assert manager.restore(loaded, step=4) == 4
+            assert loaded["w"].eq(104).all()
+        assert [value_of(tmp_path / "mirror", step) for step in (3, 4, 5)] == [103, 104, 105]
+    with manager_on("a") as manager:
+        assert manager.restore(state(0)) == 5
+        manager.save(6, state(106))
+    with manager_on("d") as manager:
+        assert manager.steps() == [1, 2, 3, 4, 5, 6]
+        assert manager.restore(loaded := state(0)) == 6
+        assert loaded["w"].eq(106).all()
+    assert [value_of(tmp_path / "mirror", step) for step in (3, 4, 5, 6)] == [103, 104, 105, 106]
+
+
+@pytest.mark.parametrize("last", [5, 6, 7])
+def test_two_machines_that_continue_from_one_step_do_not_mix_their_checkpoints(tmp_path: Path, last: int) -> None:
+    def manager_on(disk: str, *, has_mirror: bool = True) -> reshard.CheckpointManager:
+        mirror = tmp_path / "mirror" if has_mirror else None
+        return reshard.CheckpointManager(tmp_path / disk, mirror=mirror, asynchronous=False, signals=())
+
+    with manager_on("a") as manager:
+        train(manager, [1, 2, 3, 4])
+    with manager_on("a", has_mirror=False) as manager:  # it ends before its checkpoints are copied
+        assert manager.restore(state(0)) == 4
+        train(manager, [5, 6])
+    with manager_on("b") as manager:
+        assert manager.restore(state(0)) == 4
+        for step in range(5, last + 1):
+            manager.save(step, state(100 + step))
+    with manager_on("a") as manager:
+        manager.wait()
+        assert manager.restore(loaded := state(0)) == last
+        assert loaded["w"].eq(100 + last).all()
+        manager.save(last + 1, state(101 + last))
+    steps = range(5, last + 2)
+    assert [value_of(tmp_path / "mirror", step) for step in steps] == [100 + step for step in steps]
+
+
+def test_retention_removes_an_abandoned_branch_and_nothing_of_the_current_one(tmp_path: Path) -> None:
+    def manager_on(disk: str) -> reshard.CheckpointManager:
+        keep, mirror = [reshard.latest(3)], tmp_path / "mirror"
+        return reshard.CheckpointManager(tmp_path / disk, mirror=mirror, keep=keep, asynchronous=False, signals=())
+
+    with manager_on("a") as manager:
+        train(manager, [1, 2, 3, 4])
+        manager.wait()
+    with manager_on("b") as manager:
+        assert manager.restore(state(0), step=2) == 2
+        for step in (3, 4, 5):
+            manager.save(step, state(100 + step))
+        manager.wait()
+    with manager_on("a") as manager:
+        assert manager.restore(state(0)) == 5
+        manager.save(6, state(106))
+        manager.wait()
+        assert manager.steps() == [2, 4, 5, 6]
+    assert steps_in(tmp_path / "a") == [2, 6]  # the last three of this disk that are on the branch
+    assert steps_in(tmp_path / "mirror") == [4, 5, 6]
+    assert [value_of(tmp_path / "mirror", step) for step in (4, 5, 6)] == [104, 105, 106]
+
+
+def test_a_manifest_with_a_damaged_block_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a large manifest reads its header alone."""
+    monkeypatch.setattr(mirror_module, "_check_undamaged", lambda *_: None)
+    finding = NativeSource.find
+
+    def damage_first(store: Any) -> Any:
+        path = tmp_path / "root" / "step-00000001" / MANIFEST_NAME
+        data = bytearray(path.read_bytes())
+        data[-20] ^= 1  # in a block
+        path.write_bytes(data)
+        return finding(store)
+
+    monkeypatch.setattr(NativeSource, "find", damage_first)
+    manager = manager_of(tmp_path)
+    train(manager, [1])
+    with pytest.raises(errors.StoreError, match=r"could not be copied to the mirror: .*does not match its checksum"):
+        manager.close()
+    assert steps_in(tmp_path / "mirror") == []
 
 
 def test_mirror_must_be_another_location(tmp_path: Path) -> None:
@@ -286,6 +397,76 @@ def test_disks_of_the_ranks_need_not_be_shared(ranks: RankPool, tmp_path: Path, 
     assert steps_in(tmp_path / "mirror") == [5, 6]
     results = ranks.run(3, train_on_own_disks, str(tmp_path), asynchronous, 7, 8)
     assert [result[2] for result in results] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_fewer_ranks_copy_what_more_ranks_have_saved(ranks: RankPool, tmp_path: Path, is_lost: bool) -> None:
+    """Each of two nodes has two ranks first, and then one."""
+    ranks.run(4, save_on_nodes, str(tmp_path), 2)
+    assert steps_in(tmp_path / "mirror") == []
+    if is_lost:
+        (path,) = (tmp_path / "disk-1" / "run" / "step-00000002" / "data").glob("*-00003.shard")
+        path.unlink()
+    for message, steps in ranks.run(2, resume_on_nodes, str(tmp_path)):
+        assert ("no rank has 'data/" in message) == is_lost
+        assert is_lost or steps == [1, 2]
+    assert steps_in(tmp_path / "mirror") == ([1] if is_lost else [1, 2])
+    for step in steps_in(tmp_path / "mirror"):
+        assert reshard.open(tmp_path / "mirror" / f"step-{step:08}").verify() == []
+
+
+def save_on_nodes(folder: str, ranks_of_node: int) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(mirror_module, "copy_object", lambda *_: None)
+    patch.setattr(mirror_module, "commit", lambda *_, **__: None)
+    own = Path(folder) / f"disk-{dist.get_rank() // ranks_of_node}"
+    own.mkdir(exist_ok=True)
+    before = os.getcwd()
+    os.chdir(own)
+    try:
+        with reshard.CheckpointManager("run", mirror=f"{folder}/mirror", asynchronous=False, signals=()) as manager:
+            for step in (1, 2):
+                manager.save(step, sharded_state(step))
+    finally:
+        os.chdir(before)
+        patch.undo()
+
+
+def resume_on_nodes(folder: str) -> tuple[str, list[int]]:
+    before = os.getcwd()
+    os.chdir(Path(folder) / f"disk-{dist.get_rank()}")
+    try:
+        with reshard.CheckpointManager("run", mirror=f"{folder}/mirror", asynchronous=False, signals=()) as manager:
+            manager.wait()
+            return "", manager.steps()
+    except errors.StoreError as error:
+        return str(error), []
+    finally:
+        os.chdir(before)
+
+
+def restore_read_only(folder: str) -> str:
+    before = os.getcwd()
+    os.chdir(Path(folder) / f"disk-{dist.get_rank()}")
+    try:
+        with reshard.CheckpointManager("run", mirror=f"{folder}/mirror", read_only=True) as manager:
+            loaded = sharded_state(-1)
+            assert manager.restore(loaded) == 2
+            assert loaded["w"].eq(2).all()
+        with pytest.raises(errors.ArgumentError) as caught:
+            reshard.CheckpointManager("run", read_only=True)
+        return str(caught.value)
+    finally:
+        os.chdir(before)
+
+
+def test_a_manager_that_only_restores_notices_that_disks_are_not_shared(
+    ranks: RankPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks.run(2, train_on_own_disks, str(tmp_path), False, 1, 3)
+    for message in ranks.run(2, restore_read_only, str(tmp_path)):
+        assert "rank 1 does not see what rank 0 sees at" in message
+    assert "damaged" not in caplog.text
 
 
 def test_nodes_may_change_their_ranks(ranks: RankPool, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import warnings
@@ -911,6 +912,64 @@ def test_a_save_does_not_change_the_states_of_an_inner_optimizer(tmp_path: Path)
     assert not fresh.inner.state
 
 
+class ReturnsInner(torch.optim.Optimizer):
+    """One around another optimizer that saves the states of that one, as timm's Lookahead does."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = torch.optim.Adam(parameters, lr=0.1)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.inner.step()
+        self.steps += 1
+        for parameter in self.param_groups[0]["params"]:
+            if self.steps % 3 == 0:
+                slow = self.state[parameter].setdefault("slow", parameter.clone())
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
+        self.param_groups = self.inner.param_groups
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4])
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_an_optimizer_that_returns_the_states_of_an_inner_one_continues(
+    tmp_path: Path, steps: int, has_stepped: bool
+) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            model(X).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = net()
+    optimizer = ReturnsInner(model.parameters())
+    train(model, optimizer, steps)
+    for number in range(2):
+        reshard.save(reshard.training_state(model, optimizer), tmp_path / str(number))
+    assert len(optimizer.inner.state) == (4 if steps else 0)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    states = copy.deepcopy(optimizer.inner.state_dict()["state"])
+    other = net()
+    resumed = ReturnsInner(other.parameters())
+    train(other, resumed, 2 if has_stepped else 0)
+    report = reshard.load(reshard.training_state(other, resumed), tmp_path / "1")
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    check_equal(list(other.state_dict().values()), list(expected.values()))
+    found = resumed.inner.state_dict()["state"]
+    assert found.keys() == states.keys()
+    for at, values in states.items():
+        check_equal([found[at][key] for key in values], list(values.values()))
+
+
 class OfMasters(torch.optim.Optimizer):
     """One that steps optimizers of copies of its parameters, and assigns the results."""
 
@@ -1017,6 +1076,60 @@ def test_parameter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
     optimizers = [torch.optim.AdamW(model.parameters()), torch.optim.SGD(model[2].parameters())]
     with pytest.raises(ArgumentError, match=r"'2\.weight' is in several optimizers or groups"):
         reshard.save(reshard.training_state(model, optimizers), tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("logging_steps", [1, 500])
+def test_metrics_of_transformers_are_those_of_the_saved_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, logging_steps: int
+) -> None:
+    import transformers
+
+    from reshard.integrations.transformers import CheckpointCallback
+
+    monkeypatch.chdir(tmp_path)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.net(x).square().mean()}
+
+    settings = transformers.TrainingArguments(
+        "out",
+        per_device_train_batch_size=2,
+        num_train_epochs=3,
+        learning_rate=0.3,
+        save_strategy="no",
+        eval_strategy=strategy,
+        eval_steps=2,
+        label_names=["x"],
+        logging_steps=logging_steps,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data: Any = [{"x": X[0]}] * 8  # 4 steps for each epoch
+    every = 2 if strategy == "steps" else 4
+    with reshard.CheckpointManager(tmp_path / "run", save_every=2, asynchronous=False) as manager:
+        trainer = transformers.Trainer(
+            Net(), settings, train_dataset=data, eval_dataset=data, callbacks=[CheckpointCallback(manager)]
+        )
+        trainer.train()
+        evaluated = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+        assert list(evaluated) == list(range(every, 13, every))
+        found = {one.step: one.metrics for one in manager.checkpoints()}
+        assert list(found) == [2, 4, 6, 8, 10, 12]
+        assert {step: values["eval_loss"] for step, values in found.items() if "eval_loss" in values} == evaluated
+        assert all(("loss" in values) == (logging_steps == 1) for values in found.values())
+        model = Net()
+        for step, loss in evaluated.items():
+            reshard.load({"model": model.state_dict()}, manager.location(int(step)), strict=False)
+            torch.testing.assert_close(model(X[0])["loss"].item(), loss)
 
 
 @pytest.mark.slow
