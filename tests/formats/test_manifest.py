@@ -1,9 +1,11 @@
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.chunk_reads import WantedBox
-from reshard.planner.errors import MissingTensorError
+from reshard.planner.entries import Encoding
+from reshard.planner.errors import InvalidIndexError, MissingTensorError
 from reshard.planner.grid import Grid
+from reshard.planner.index import CheckpointIndex
 from reshard.storage.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -25,7 +29,7 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native import manifest_blocks
 from reshard.storage.formats.native.manifest import FIRST_MANIFEST_READ_BYTES, MANIFEST_NAME, VERSION, encode_manifest
 from reshard.storage.formats.source import Source
-from reshard.storage.runtime.checksums import checksum
+from reshard.storage.runtime.checksums import checksum, raw_checksums
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.testing import RecordingStore
@@ -158,6 +162,69 @@ def test_false_manifest_raises_corrupt_error(change: dict[str, Any]) -> None:
     header, body = header_and_body()
     with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
         opened(sealed(json.dumps(header | change).encode(), body))
+
+
+LARGE = ["a", 0, "float32", [2**23], [1], None, 2, 2**25, None]
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ([[*A, -7, 0, None], B], r"\(-7, 0\) chunks and bytes"),
+        ([[*A, 4.5, 1, None], B], r"\[4\.5, 1\] should be integers"),
+        ([[*A, True, 1, None], B], r"\[True, 1\] should be integers"),
+        ([[5, *A[1:], 4, 1, None], B], "5 has the dtype 'float32'"),
+        ([["a", 0, ["float32"], *A[3:], 4, 1, None], B], "'a' has the dtype "),
+        ([B, B], "two tensors have the same name"),
+        ([LARGE, B], "the chunks of 'a' are larger than 16777216 bytes"),
+    ],
+)
+def test_each_false_claim_about_entries_is_named(entries: list[Any], problem: str) -> None:
+    header, body = header_and_body()
+    with pytest.raises(CorruptCheckpointError, match=f"contradicts itself.*{problem}"):
+        opened(sealed(json.dumps(header | {"entries": entries}).encode(), body))
+
+
+def test_segments_that_share_bytes_are_refused() -> None:
+    store = MemoryStore()
+    reshard.save({"a": torch.zeros(1000), "b": torch.zeros(1000)}, store, codec="none")
+    source = open_source(store)
+    index = source.index()
+    starts = np.full_like(index.segments.starts, index.segments.starts[0])
+    same = replace(index.segments, starts=starts)
+    false = CheckpointIndex(index.entries, index.objects, same, index.lengths, index.checksums)
+    with pytest.raises(CorruptCheckpointError, match="'a' and 'b' share bytes of object 'data/"):
+        opened(encode_manifest(false, source.paths, dict(source.info)))
+
+
+def test_segments_without_checksums_are_refused() -> None:
+    encodings = np.full_like(INDEX.segments.encodings, Encoding.PLAIN)
+    false = CheckpointIndex(
+        INDEX.entries,
+        INDEX.objects,
+        replace(INDEX.segments, encodings=encodings),
+        INDEX.lengths,
+        np.empty(0, np.uint64),
+    )
+    with pytest.raises(CorruptCheckpointError, match="a segment has the encoding of another format"):
+        opened(encode_manifest(false, {}, {}))
+
+
+def test_a_raw_chunk_that_is_too_short_for_its_box_is_refused() -> None:
+    """Its other values would be whatever is in the memory."""
+    store = MemoryStore()
+    reshard.save({"a": torch.arange(1000.0)}, store, codec="none")
+    source = open_source(store)
+    index = source.index()
+    start, nbytes = int(index.segments.starts[0]), int(index.lengths[0]) - 400
+    data = store.read(index.objects[0][0], start, start + nbytes)
+    checksums = np.array(raw_checksums(memoryview(data), index.entries[0].page_bytes), np.uint64)
+    false = CheckpointIndex(index.entries, index.objects, index.segments, np.array([nbytes], np.uint32), checksums)
+    store.put(MANIFEST_NAME, encode_manifest(false, source.paths, dict(source.info)), overwrite=True)
+    loaded = {"a": torch.zeros(1000)}
+    with pytest.raises(InvalidIndexError, match="chunk of 'a' does not have as many bytes as its box"):
+        reshard.load(loaded, store)
+    assert loaded["a"].eq(0).all()
 
 
 @pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37, 100])

@@ -311,6 +311,16 @@ def test_container_is_loaded_from_one_value(tmp_path: Path) -> None:
     assert 0.5 * stored < report.ranks[0].bytes_fetched <= stored  # also of the values that contain others
 
 
+def test_leaves_of_one_value_may_have_paths_of_different_lengths(tmp_path: Path) -> None:
+    stored = {"a.b": {"c": torch.full((2,), 1.0), "c.d": torch.full((2,), 2.0), "e": {"f": torch.full((2,), 3.0)}}}
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(stored, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    outer, inner, deep = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+    report = reshard.load({"a": {"b": {"c": outer}}, "a.b": {"c.d": inner, "e": {"f": deep}}}, tmp_path)
+    assert [tensor.tolist() for tensor in (outer, inner, deep)] == [[1, 1], [2, 2], [3, 3]]
+    assert report.unexpected_keys == report.missing_keys == ()
+
+
 def test_equal_values_do_not_share_containers(tmp_path: Path) -> None:
     parts: list[Any] = [(1, [2]), [3], {"a": 4}, 5.0, (6, "b"), True, 1, 1.0, None]
     values = {f"v{copy}.{at}": part for copy in range(2) for at, part in enumerate(parts)}

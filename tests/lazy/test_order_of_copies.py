@@ -8,13 +8,17 @@ import ctypes
 import io
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.utils import dlpack
 
 import reshard
@@ -70,6 +74,21 @@ def test_the_later_of_two_copies_wins_whatever_block_it_is_of(one: reshard.Check
     assert torch.equal(outer_first, TWO["w"])
     assert torch.equal(inner_first, ONE["w"])
     assert torch.equal(at_once, TWO["w"])
+
+
+def test_copies_do_not_overwrite_tensors_that_a_load_takes_from_decoded_values(
+    one: reshard.Checkpoint, tmp_path: Path
+) -> None:
+    """DCP stores a dict as one value if its planner does not flatten it."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save({"d": {"w": TWO["w"]}}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    loaded = zeros()
+    with one.lazy() as weights:
+        loaded.copy_(weights["w"])
+        reshard.load({"d": {"w": loaded}}, tmp_path)
+        assert torch.equal(loaded, TWO["w"])
+    assert torch.equal(loaded, TWO["w"])
 
 
 def test_functions_of_lazy_tensors_of_two_checkpoints(one: reshard.Checkpoint, two: reshard.Checkpoint) -> None:

@@ -428,6 +428,17 @@ def test_error_of_a_custom_store_names_the_tensor(how: str, error: Exception, tm
         calls[how]()
 
 
+def test_an_error_of_the_progress_is_raised() -> None:
+    _, manifest = saved("none", {"w": TENSORS["w"]})
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((512, 256)))])
+
+    def fail(nbytes: int) -> None:
+        raise ValueError(f"injected after {nbytes}")
+
+    with pytest.raises(ValueError, match="injected"):
+        execute(plan, manifest.index(), manifest.store, [torch.zeros(512, 256)], placed=fail)
+
+
 def test_error_of_torch_during_placing_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = MemoryStore()
     reshard.save({"w": torch.ones(40, 30)}, memory)

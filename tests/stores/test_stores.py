@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import pickle
@@ -281,6 +282,24 @@ def test_reading_a_folder_raises_store_error(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(StoreError, match="'x'"):
         LocalStore(tmp_path).read("x", 0, 1)
+
+
+def test_a_folder_is_not_an_object(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ObjectNotFoundError, match="'x'"):
+        LocalStore(tmp_path).size("x")
+
+
+def test_files_are_closed_whether_or_not_a_write_fails(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for at in range(20):
+        with contextlib.suppress(ValueError), store.create(f"{at}") as out:
+            out.write(bytes(100))
+            if at % 2:
+                raise ValueError("injected")
+        store.read("0", 0, 10)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 @pytest.mark.parametrize("cold", [False, True])

@@ -2,6 +2,8 @@ import itertools
 import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,53 @@ def test_rank_writes_one_object_and_the_index_describes_it() -> None:
     index = assemble_index([PackedRecords.of([record])], {"none": ("float32", (0, 3))})
     assert [entry.name for entry in index.entries] == ["a", "b", "none"]
     assert int(index.lengths.sum()) + 8 == record.nbytes
+
+
+class SlowStore(MemoryStore):
+    """Its first object fails when a second one has begun. The others end when `may_end` is set."""
+
+    capabilities = Capabilities(buffers_objects=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = threading.Event()
+        self.begun: list[str] = []
+        self.ended = threading.Semaphore(0)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Any]:
+        with self._lock:
+            self.begun.append(name)
+            is_first = len(self.begun) == 1
+        if is_first:
+            while len(self.begun) < 2:
+                time.sleep(0.01)
+            raise StoreError("injected")
+        try:
+            with super().create(name) as out:
+                yield out
+                assert self.may_end.wait(60)
+        finally:
+            self.ended.release()
+
+
+def test_objects_that_outlast_a_failed_save_are_removed_and_no_others_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 12)
+    monkeypatch.setattr(object_writer, "LET_END_S", 0.05)
+    store = SlowStore()
+    shards = [shard(f"t{at}", torch.randn(64, 64)) for at in range(16)]
+    with pytest.raises(StoreError, match="injected"):
+        write_objects(store, "0", shards, "none", budget_bytes=1 << 18)
+    begun = len(store.begun)
+    store.may_end.set()
+    for _ in range(begun - 1):
+        assert store.ended.acquire(timeout=60)
+    deadline = time.monotonic() + 60
+    while store.content and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert store.content == {}
+    assert len(store.begun) == begun < 16
 
 
 def test_codec_determines_the_grid_and_ranks_must_use_the_same_codec() -> None:
