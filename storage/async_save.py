@@ -32,7 +32,7 @@ from .runtime.process_group import (
 )
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
-from .runtime.torch_modes import undisturbed
+from .runtime.torch_modes import without_torch_modes
 from .save import Assignment, RankContents, ReusablePlan, Saving
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, has_stateful
@@ -241,12 +241,12 @@ class _Step(enum.Enum):
     FAILED = "the last save failed, and its error has not been raised"
     BUSY = "the last save is running"
     READY = "the ranks plan next"
-    AGAIN = "the ranks plan next, without the last plan"
+    REPLAN = "the last plan does not fit: the ranks plan again"
     PLANNED = "the ranks have planned"
 
 
 @dataclass(frozen=True, slots=True)
-class _Offer:
+class _RankState:
     """What a rank sends to rank 0."""
 
     options: _AsyncOptions
@@ -329,7 +329,7 @@ def async_save(
     )
 
 
-@undisturbed()
+@without_torch_modes()
 def async_save_with(
     state_dict: Mapping[str, Any],
     uri: str | os.PathLike[str] | Store,
@@ -364,20 +364,20 @@ def async_save_with(
             remote.append(PickledStore.of(uri, options.storage_options))
         return chosen
 
-    def begin() -> _Offer:
+    def begin() -> _RankState:
         """Return what this rank knows, but call no state_dict() of a value: all ranks may have to take part in it."""
         chosen = checked()
         if last is not None and (busy != "wait" or last._error is not None):
-            return _offer_after(last, chosen)
-        return _Offer(chosen, _Step.READY) if has_stateful(state_dict) else plan(is_repeated=False)
+            return _state_after(last, chosen)
+        return _RankState(chosen, _Step.READY) if has_stateful(state_dict) else plan(is_repeated=False)
 
-    def plan(*, is_repeated: bool) -> _Offer:
-        return _Offer(checked(), _Step.PLANNED, saving.describe(state_dict, is_repeated=is_repeated))
+    def plan(*, is_repeated: bool) -> _RankState:
+        return _RankState(checked(), _Step.PLANNED, saving.describe(state_dict, is_repeated=is_repeated))
 
     decide = partial(_decide, saving)
     answer = ranks.planning.through_rank_0(begin, decide)
-    while answer.step in (_Step.READY, _Step.AGAIN):
-        is_repeated = answer.step is _Step.AGAIN
+    while answer.step in (_Step.READY, _Step.REPLAN):
+        is_repeated = answer.step is _Step.REPLAN
         answer = ranks.planning.through_rank_0(partial(plan, is_repeated=is_repeated), decide)
     if answer.error is not None:
         assert last is not None
@@ -393,18 +393,18 @@ def async_save_with(
     return save
 
 
-def _offer_after(last: AsyncSave, options: _AsyncOptions) -> _Offer:
+def _state_after(last: AsyncSave, options: _AsyncOptions) -> _RankState:
     """Return what this rank knows about the last save."""
     if not last.done():
-        return _Offer(options, _Step.BUSY)
+        return _RankState(options, _Step.BUSY)
     if last._unreported is not None:
-        return _Offer(options, _Step.FAILED, error=_as_earlier(last))
-    return _Offer(options, _Step.READY)
+        return _RankState(options, _Step.FAILED, error=_error_of_last_save(last))
+    return _RankState(options, _Step.READY)
 
 
-def _check_options(offers: Sequence[_Offer]) -> _AsyncOptions:
+def _check_options(states: Sequence[_RankState]) -> _AsyncOptions:
     """Return the options of all ranks. Raise ArgumentError if they differ."""
-    options = [offer.options for offer in offers]
+    options = [state.options for state in states]
     for rank, other in enumerate(options):
         if other != options[0]:
             raise ArgumentError(
@@ -414,18 +414,18 @@ def _check_options(offers: Sequence[_Offer]) -> _AsyncOptions:
     return options[0]
 
 
-def _decide(saving: Saving, offers: Sequence[_Offer]) -> list[_Answer]:
+def _decide(saving: Saving, states: Sequence[_RankState]) -> list[_Answer]:
     """Return for each rank what to do next. Only rank 0 calls it.
 
     Raises:
         BusyError: a save is running, and `busy` is "refuse".
         ArgumentError, CheckpointExistsError: as `Saving.global_plan`.
     """
-    options = _check_options(offers)
-    errors = [offer.error for offer in offers if offer.error is not None]
+    options = _check_options(states)
+    errors = [state.error for state in states if state.error is not None]
     if errors:
-        return [_Answer(_Step.FAILED, error=errors[0])] * len(offers)
-    steps = {offer.step for offer in offers}
+        return [_Answer(_Step.FAILED, error=errors[0])] * len(states)
+    steps = {state.step for state in states}
     if _Step.BUSY in steps and options.busy == "refuse":
         raise BusyError(
             "the last async_save of these ranks is still running: wait for its result(), or pass busy='wait' or "
@@ -433,12 +433,12 @@ def _decide(saving: Saving, offers: Sequence[_Offer]) -> list[_Answer]:
         )
     for step in (_Step.BUSY, _Step.READY):
         if step in steps:
-            return [_Answer(step)] * len(offers)
-    assigned = saving.global_plan([offer.contents for offer in offers if offer.contents is not None])
-    return [_Answer(_Step.AGAIN if one is None else _Step.PLANNED, one) for one in assigned]
+            return [_Answer(step)] * len(states)
+    assigned = saving.global_plan([state.contents for state in states if state.contents is not None])
+    return [_Answer(_Step.REPLAN if one is None else _Step.PLANNED, one) for one in assigned]
 
 
-def _as_earlier(save: AsyncSave) -> CheckpointError:
+def _error_of_last_save(save: AsyncSave) -> CheckpointError:
     """Return the error of an earlier save, with a message that says so."""
     assert save._error is not None
     error = portable(save._error)
@@ -526,7 +526,7 @@ class _BackgroundSave:
         self._save._thread = threading.get_ident()
         report, error = None, None
         try:
-            with undisturbed():
+            with without_torch_modes():
                 report = self._saving.write_and_commit(self._collectives, self._write)
         except BaseException as raised:
             error = raised if isinstance(raised, Exception) else portable(raised)

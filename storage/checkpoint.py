@@ -37,7 +37,7 @@ from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import check_member, check_process_group, rank_of
 from .runtime.progress import Meter, OnProgress
-from .runtime.torch_modes import undisturbed
+from .runtime.torch_modes import without_torch_modes
 from .stores.base import Store, close_store
 from .stores.open import absolute_location
 from .tensors.casts import check_dtype, loses_bits, weight_dtype
@@ -198,7 +198,7 @@ class Checkpoint:
         """Names that are in the files but not in the checkpoint's index (`*.index.json`). They are not read."""
         return self._source.unindexed
 
-    @undisturbed()
+    @without_torch_modes()
     def read(
         self,
         name: str,
@@ -266,7 +266,7 @@ class Checkpoint:
         read_boxes(self._source, [WantedBox(name, wanted)], [out], options=options)
         return out
 
-    @undisturbed()
+    @without_torch_modes()
     def read_value(self, name: str, *, allow_pickle: bool = False, budget_bytes: int | None = None) -> Any:
         """Read a value that is not a tensor.
 
@@ -288,7 +288,7 @@ class Checkpoint:
         read_boxes(self._source, read.wants, read.tensors, options=ReadOptions(budget_bytes=budget_bytes))
         return read.value(allow_pickle=allow_pickle)
 
-    @undisturbed()
+    @without_torch_modes()
     def plan(
         self,
         layout: Layout,
@@ -351,7 +351,7 @@ class Checkpoint:
             names = [*self._tensors, *self._source.unreadable]
             warn_of_layout(layout, map(selection.new_name, names), self.location)
 
-    @undisturbed()
+    @without_torch_modes()
     def shards_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
         """Return the shards that a tensor was saved as, and the number of parts that each dimension is cut into.
 
@@ -363,7 +363,7 @@ class Checkpoint:
         index = self._source.index([WantedBox(name, entry.whole)])
         return index.shards_of(index.position(name)), entry.grid.parts
 
-    @undisturbed()
+    @without_torch_modes()
     def load_rank(
         self,
         layout: Layout,
@@ -448,7 +448,7 @@ class Checkpoint:
             logger.info("%d tensors were cast to fewer bits, to %s: %s, ...", len(rounded), dtype, rounded[0])
         return tensors
 
-    @undisturbed()
+    @without_torch_modes()
     def state_dict(
         self,
         *,
@@ -540,7 +540,7 @@ class Checkpoint:
         options = LazyOptions(budget_bytes, max_over_read, progress, process_group, cooperative)
         return LazyWeights(lambda: self._source, options)
 
-    @undisturbed()
+    @without_torch_modes()
     def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[DamagedChunk]:
         """Read the whole checkpoint and return the chunks that are damaged or missing.
 

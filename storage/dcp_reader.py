@@ -49,7 +49,7 @@ from .runtime.process_group import (
     rank_of,
 )
 from .runtime.reports import RankReport
-from .runtime.torch_modes import undisturbed
+from .runtime.torch_modes import without_torch_modes
 from .stores.base import Store
 from .stores.open import can_open_store
 from .tensors.distributed_tensors import refuse_misplaced
@@ -112,7 +112,7 @@ class StorageReader(dcp.StorageReader):
         return self._opened
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         # A parameter named `kwargs` would tell DCP that ranks have metadata of their own. If one rank fails here, DCP
         # would call this again on that rank, and let it load without the others, which would wait for it.
@@ -145,7 +145,7 @@ class StorageReader(dcp.StorageReader):
         self._rank = kwargs.get("rank", rank_of(None))
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         source = self._open()
         fingerprint = source.fingerprint() if is_distributed() else ""
@@ -153,7 +153,7 @@ class StorageReader(dcp.StorageReader):
         return replace(plan, storage_data=_LocalData(opened, may_share(source, self._cooperative)))
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         local: list[_LocalData] = [plan.storage_data for plan in plans]
         check_same_checkpoint([of_rank.opened for of_rank in local])
@@ -167,7 +167,7 @@ class StorageReader(dcp.StorageReader):
         return [replace(plan, storage_data=shares) for plan in plans]
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         # A rank whose own `finish_plan` failed is not here, and the others must not wait for it.
         if plan.storage_data is True and type(planner).finish_plan is DefaultLoadPlanner.finish_plan:

@@ -30,7 +30,7 @@ from .formats.value_codec import encode_value
 from .runtime.devices import synchronize
 from .runtime.logs import logger_of
 from .runtime.process_group import raises_portable, rank_of
-from .runtime.torch_modes import undisturbed
+from .runtime.torch_modes import without_torch_modes
 from .stores.base import Store
 from .stores.open import can_open_store
 from .tensors.distributed_tensors import refuse_misplaced, waited
@@ -108,7 +108,7 @@ class StorageWriter(dcp.StorageWriter):
             self._is_writing = False
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
             raise ArgumentError("reshard commits a checkpoint once for all ranks: pass use_collectives=True")
@@ -118,14 +118,14 @@ class StorageWriter(dcp.StorageWriter):
         if is_coordinator:
             self._writer.check_may_save()
 
-    @undisturbed()
+    @without_torch_modes()
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Describe the values, before the planner assigns each replica to one rank."""
         described = pack_descriptions(_described(plan))
         return replace(plan, storage_data=(described, self._writer.metadata_json))
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         # A custom planner may drop the data.
         kept = {rank: plan.storage_data for rank, plan in enumerate(plans) if plan.storage_data}
@@ -137,7 +137,7 @@ class StorageWriter(dcp.StorageWriter):
         return [replace(plan, storage_data=None) for plan in plans]
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         with self._writing(), self._writer.meter:
             written = self._writer.write(self._shards_to_write(plan, planner), write_objects)
@@ -166,7 +166,7 @@ class StorageWriter(dcp.StorageWriter):
         return shards
 
     @raises_portable
-    @undisturbed()
+    @without_torch_modes()
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
         tensors = {
             name: (dtype_name(name, entry.properties.dtype), tuple(entry.size))

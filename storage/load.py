@@ -51,8 +51,8 @@ from .reading.shared_read import Offer, SharedRead, check_cooperative
 from .reading.state_dict_load import StateDictLoad
 from .runtime.arguments import check_nbytes, check_progress
 from .runtime.checksums import checksum
-from .runtime.gc_pauses import without_collections
-from .runtime.limits import default_budget
+from .runtime.gc_pauses import gc_disabled
+from .runtime.limits import budget_of
 from .runtime.logs import logger_of
 from .runtime.process_group import (
     Collectives,
@@ -61,7 +61,7 @@ from .runtime.process_group import (
 )
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
-from .runtime.torch_modes import undisturbed
+from .runtime.torch_modes import without_torch_modes
 from .stores.base import Store
 from .tensors.name_patterns import Patterns, check_renames
 from .tensors.state_dict import (
@@ -76,7 +76,7 @@ from .tensors.state_dict import (
 logger = logger_of(__name__)
 
 
-@undisturbed()
+@without_torch_modes()
 def load(
     state_dict: MutableMapping[str, Any],
     uri: str | os.PathLike[str] | Store,
@@ -312,7 +312,7 @@ class _Load:
 
         def read_for_all(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
             opened, needed, offers = (list(column) for column in zip(*found, strict=True))
-            budget_bytes = self._options.budget_bytes or default_budget()
+            budget_bytes = budget_of(self._options.budget_bytes)
             blocks = {} if are_different(opened) else read_manifest_blocks(self._opening.source, needed, budget_bytes)
             return [_Compared(opened, offers, blocks, all_compared=not any(needed))] * len(found)
 
@@ -332,7 +332,7 @@ class _Load:
         if self._matched is None:
             stateful = [name for name, _ in find_stateful(self._state_dict)]
             self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
-            with without_collections():
+            with gc_disabled():
                 names = NameMatch(self._opening.source, self._states, self._load_options)
                 lacking = LackingItems(names, self._states, stateful, self._load_options)
             self._matched = _Matched(names, lacking)
@@ -342,7 +342,7 @@ class _Load:
         """Return what this rank loads. The first call checks that everything fits the checkpoint."""
         if self._checked is None:
             matched = self._match_names()
-            with without_collections():
+            with gc_disabled():
                 matched.lacking.add(matched.received)
                 self._checked = StateDictLoad(matched.names, self._load_options)
         return self._checked
@@ -351,7 +351,7 @@ class _Load:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
         loading = self._loading()
         if not loading.is_prepared:
-            with without_collections():
+            with gc_disabled():
                 loading.prepare(self._options)
         return self._shared_read.offer(loading.source, loading.shareable_wants)
 

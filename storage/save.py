@@ -16,12 +16,12 @@ import torch.distributed as dist
 from .errors import ArgumentError, CommitError, RankError
 from .runtime.arguments import check_progress
 from .runtime.deferred_writes import finish_writes
-from .runtime.gc_pauses import rare_collections, without_collections
+from .runtime.gc_pauses import gc_disabled, gc_less_often
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Collectives
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
-from .runtime.torch_modes import undisturbed
+from .runtime.torch_modes import without_torch_modes
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, flatten, stateful_to_state
 from .tensors.wrapper_tensors import with_parts
@@ -153,7 +153,7 @@ class Saving:
         """
         if self._state is None:
             states = stateful_to_state(state_dict)
-            with without_collections():
+            with gc_disabled():
                 leaves = with_parts(flatten(states))
                 tensors = [leaf.value for leaf in leaves.values() if isinstance(leaf.value, torch.Tensor)]
                 finish_writes("reshard.save", tensors)
@@ -196,7 +196,7 @@ class Saving:
             number = self._last_plan.number
         else:
             held = [one.held for one in contents if isinstance(one.held, HeldShards)]
-            with without_collections():
+            with gc_disabled():
                 self._plan = plan_save(held)
             number = next(self._numbers)
         assert self._plan is not None
@@ -239,7 +239,7 @@ class Saving:
         """
 
         has_written = False
-        interrupt: BaseException | None = None
+        interrupted_by: BaseException | None = None
 
         def write() -> Written:
             nonlocal has_written
@@ -248,13 +248,13 @@ class Saving:
             return written
 
         def commit(by_rank: list[Written]) -> list[list[dict[str, Any]]]:
-            nonlocal interrupt
+            nonlocal interrupted_by
             try:
                 return [self._commit(by_rank)] * collectives.size
             except Exception:
                 raise
             except BaseException as error:
-                interrupt = error
+                interrupted_by = error
                 raise CommitError(
                     "the commit was interrupted: the manifest may or may not have been written"
                 ) from error
@@ -263,11 +263,11 @@ class Saving:
             plain = collectives.through_rank_0(write, commit)
         except BaseException as error:
             # A rank that lost the others, or was interrupted while it waited, may not know that rank 0 has committed.
-            may_be_committed = isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))
+            may_be_committed = isinstance(error, CommitError) or (has_written and _outcome_is_unknown(error))
             if not may_be_committed:
                 self.writer.discard()
-            if interrupt is not None:
-                raise interrupt from None
+            if interrupted_by is not None:
+                raise interrupted_by from None
             raise
         finally:
             self.writer.alarm.close()
@@ -356,7 +356,7 @@ def save(
     return save_with(state_dict, uri, options, process_group, progress)
 
 
-@undisturbed()
+@without_torch_modes()
 def save_with(
     state_dict: Mapping[str, Any],
     uri: str | os.PathLike[str] | Store,
@@ -379,13 +379,13 @@ def save_with(
     saving.writer.alarm = Alarm(process_group)
 
     def work() -> Written:
-        with saving.writer.alarm, saving.meter, rare_collections():
+        with saving.writer.alarm, saving.meter, gc_less_often():
             saving.accept_plan(assigned)
             return saving.writer.write(saving.shards, write_objects)
 
     return saving.write_and_commit(collectives, work)
 
 
-def _is_of_this_rank_only(error: BaseException) -> bool:
+def _outcome_is_unknown(error: BaseException) -> bool:
     """Return whether a collective ended on this rank without the answer of rank 0."""
     return not isinstance(error, Exception) or (isinstance(error, RankError) and error.group_is_broken)

@@ -31,7 +31,7 @@ from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, on_rank_0, rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.reports import RankReport, Report
-from ..runtime.torch_modes import undisturbed
+from ..runtime.torch_modes import without_torch_modes
 from ..stores.base import Store
 from ..stores.open import open_store
 from ..stores.retry import retried
@@ -55,7 +55,7 @@ MAX_FILE_BYTES = 5_000_000_000
 """The default size of safetensors files. Hugging Face's writers used the same default for a long time."""
 
 
-@undisturbed()
+@without_torch_modes()
 def convert(
     src: str | os.PathLike[str] | Store,
     dst: str | os.PathLike[str] | Store,

@@ -24,7 +24,7 @@ from ..reading.read_tensors import ReadOptions, counting_metadata, read_boxes
 from ..reading.value_buffers import ValueBuffer
 from ..reading.workers import Workers
 from ..runtime.brief import reason
-from ..runtime.limits import default_budget, give_back_memory
+from ..runtime.limits import budget_of, give_back_memory
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
@@ -60,7 +60,7 @@ class SourceStream:
         was_read: Callable[[int], None],
         interrupt: Interrupt = never,
     ) -> None:
-        budget = default_budget() if budget_bytes is None else budget_bytes
+        budget = budget_of(budget_bytes)
         self._source = source
         self._lock = threading.Lock()
         self.group_bytes = max(MAX_PIECE_BYTES, min(MAX_GROUP_BYTES, budget // READ_PARTS))

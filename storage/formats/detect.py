@@ -13,7 +13,7 @@ from typing import Any
 from ...planner.text import quoted
 from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError, StoreError
 from ..runtime.logs import logger_of
-from ..runtime.torch_modes import undisturbed
+from ..runtime.torch_modes import without_torch_modes
 from ..stores.base import Store
 from ..stores.local import LocalStore
 from ..stores.open import open_found_store, open_store
@@ -51,7 +51,7 @@ MAX_OBJECTS_SEARCHED = 10_000
 """How many objects of a folder are listed to find a checkpoint."""
 
 
-@undisturbed()
+@without_torch_modes()
 def open_source(
     uri: str | os.PathLike[str] | Store,
     storage_options: Mapping[str, Any] | None = None,

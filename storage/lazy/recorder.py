@@ -28,12 +28,12 @@ from ..reading.read_tensors import CheckedBoxes, ReadOptions, execute_reads, wit
 from ..reading.shared_read import Offer, SharedRead
 from ..reading.value_buffers import whole_wants
 from ..runtime.deferred_writes import executing, finish_writes, register, unregister
-from ..runtime.limits import default_budget
+from ..runtime.limits import budget_of
 from ..runtime.logs import logger_of
 from ..runtime.process_group import portable, rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.reports import RankReport, added
-from ..runtime.torch_modes import leave_mode, undisturbed
+from ..runtime.torch_modes import leave_mode, without_torch_modes
 from ..tensors.casts import ScaleNames, check_cast, check_is_not_scaled
 from ..tensors.local_shards import local_shards
 from ..tensors.overlaps import address_range, find_overlaps
@@ -182,7 +182,7 @@ class CopyRecorder:
     def __init__(self, source: Callable[[], Source], options: LazyOptions) -> None:
         self._source = source
         self._options = options
-        self._budget = options.budget_bytes or default_budget()
+        self._budget = budget_of(options.budget_bytes)
         self._modes: tuple[_FunctionMode, _WatchMode] | None = None
         self._left_modes: tuple[_FunctionMode, _WatchMode] | tuple[()] = ()
         """The modes of the last block. One that ended it is still on torch's stack, without effect."""
@@ -319,7 +319,7 @@ class CopyRecorder:
     def _is_pending(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, LazyTensor) and any(map(self._destinations.overlap, memories_of(tensor)))
 
-    @undisturbed()
+    @without_torch_modes()
     def read(self, origin: Origin, view: StridedView, device: torch.device, reason: str, *, keep: bool) -> torch.Tensor:
         """Read a view of an origin into a new tensor. See `Recorder.read`."""
         key = (origin, view, device)
@@ -346,7 +346,7 @@ class CopyRecorder:
                 _, oldest = self._kept.popitem(last=False)
                 self._kept_bytes -= oldest.nbytes
 
-    @undisturbed()
+    @without_torch_modes()
     def plan(self) -> ReadPlan:
         """Plan the reads of the recorded copies. Nothing is read but metadata."""
         with self._lock:
@@ -359,7 +359,7 @@ class CopyRecorder:
         gap_limits = source.gap_limits(self._options.max_over_read)
         return plan_reads(source.index(wants), wants, gap_limits=gap_limits)
 
-    @undisturbed()
+    @without_torch_modes()
     def execute(self) -> None:
         """Execute the recorded copies. If that fails inside the block, they stay recorded.
 
@@ -414,7 +414,7 @@ class CopyRecorder:
         else:
             self._execute_together(None)
 
-    @undisturbed()
+    @without_torch_modes()
     def _execute_together(self, failed: BaseException | None) -> None:
         """Execute the recorded copies of all ranks. Bytes that several ranks need may be read once. Collective.
 

@@ -35,7 +35,7 @@ from ..formats.hf_index import group_numbered_files
 from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME
 from ..formats.source import Source
 from ..runtime.threads import Pool
-from ..runtime.torch_modes import undisturbed
+from ..runtime.torch_modes import without_torch_modes
 from ..stores.base import Store, check_delete
 from ..stores.local import LocalStore, SpecialFileError
 from ..stores.open import open_store
@@ -89,7 +89,7 @@ class FoundCheckpoint:
         return self.state == COMPLETE
 
 
-@undisturbed()
+@without_torch_modes()
 def find_checkpoints(
     uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> list[FoundCheckpoint]:
@@ -226,7 +226,7 @@ class Removal:
         return [name for name, _ in self.data if self.format == "dcp" and not _OF_DCP.fullmatch(name)]
 
 
-@undisturbed()
+@without_torch_modes()
 def find_removal(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Removal:
     """Return what `remove` would delete, and change nothing. It raises the same errors as `remove`."""
     return _find_removal(uri, storage_options)[1]
@@ -311,7 +311,7 @@ def _check_names_of_dcp(source: Source, names: Iterable[str]) -> None:
         )
 
 
-@undisturbed()
+@without_torch_modes()
 def remove(
     uri: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None = None,

@@ -22,7 +22,7 @@ from ..formats.value_codec import encode_value
 from ..reading.read_tensors import read_boxes
 from ..reading.same_chunks import same_chunks
 from ..reading.value_buffers import ValueBuffer
-from ..runtime.torch_modes import undisturbed
+from ..runtime.torch_modes import without_torch_modes
 from ..stores.base import Store
 from ..tensors.splitting import row_boxes
 
@@ -46,7 +46,7 @@ class Difference:
     """The largest absolute difference of two elements."""
 
 
-@undisturbed()
+@without_torch_modes()
 def diff(
     a: str | os.PathLike[str] | Store,
     b: str | os.PathLike[str] | Store,

@@ -17,7 +17,7 @@ from ..formats.detect import CONVERSION
 from ..formats.native.native_source import NativeSource
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
-from ..runtime.torch_modes import undisturbed
+from ..runtime.torch_modes import without_torch_modes
 from ..stores.base import Store
 from ..stores.local import TEMPORARY, SpecialFileError
 from ..stores.open import open_found_store, open_store
@@ -53,7 +53,7 @@ class Remains:
         return masked(f"Remains({self.uri!r}, {counted(len(self.names), 'object')}, {self.nbytes} bytes)")
 
 
-@undisturbed()
+@without_torch_modes()
 def gc(
     uri: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None = None,

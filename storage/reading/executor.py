@@ -27,8 +27,8 @@ from ...planner.index import CheckpointIndex
 from ...planner.masking import harmless
 from ...planner.read_plan import ReadPlan
 from ..errors import StoreError
-from ..runtime.gc_pauses import rare_collections, without_collections
-from ..runtime.limits import default_budget
+from ..runtime.gc_pauses import gc_disabled, gc_less_often
+from ..runtime.limits import budget_of
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
 from ..stores.buffer_pool import read_buffers
@@ -101,7 +101,7 @@ def execute(
     if not plan.reads:
         return ReadStats()
     shared = Workers(store) if workers is None else nullcontext(workers)
-    with shared as used, read_buffers.reading(), rare_collections():
+    with shared as used, read_buffers.reading(), gc_less_often():
         execution = _Execution(plan, index, store, destinations, budget_bytes, used)
         try:
             return execution.run(interrupt, placed)
@@ -132,7 +132,7 @@ class _Execution:
         self._verifier = Verifier(index, store)
         self._workers = workers
         self._fetcher = workers.fetcher
-        with without_collections():
+        with gc_disabled():
             self._tensors, self._requests = build_tasks(plan, list(map(_destination, plan.reads, destinations)))
         device_budget = MAX_DEVICE_BUDGET_BYTES if budget_bytes is None else min(budget_bytes, MAX_DEVICE_BUDGET_BYTES)
         # Of 1 GiB: 600 frames of exponents. nvCOMP needs scratch memory of three times their size in addition.
@@ -142,7 +142,7 @@ class _Execution:
         self._stats.decoded_by = assign_devices(batches, may_decompress=may_decompress)
         self.decompressing = {batch.device for batch in batches if batch.frames and batch.device is not None}
         """The devices that decompress frames."""
-        budget = default_budget() if budget_bytes is None else budget_bytes
+        budget = budget_of(budget_bytes)
         if self._stats.decoded_by:
             on_host = any(request.on_host for request in self._requests)
             waiting = device_budget * 5 // 16 if self.decompressing else device_budget // 2

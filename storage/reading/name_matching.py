@@ -57,8 +57,8 @@ class NameMatch:
         self.stored_names = by_new_name(names, options.rename)
         """The names in the checkpoint, by the names in the state dict."""
         self._sorted_names = sorted(self.stored_names)
-        self._known: set[str] = set()
-        """Names that belong to leaves, and are not leaves themselves."""
+        self._part_names: set[str] = set()
+        """Names of tensors inside leaves, and of their descriptions."""
         self.leaves = self._with_parts(flatten(states))
         """All leaves, by name."""
         self.wanted = {name: leaf for name, leaf in self.leaves.items() if not matches_any(options.exclude, name)}
@@ -111,7 +111,7 @@ class NameMatch:
         described = [name for name in parts if f"{name}.{CLASS}" in self.stored_names]
         unknown = [name for name in parts if name not in described and self._has_all(parts[name])]
         for name in (*described, *unknown):
-            self._known |= {f"{name}.{CLASS}", *parts[name]}
+            self._part_names |= {f"{name}.{CLASS}", *parts[name]}
         excluded = {name for name in parts if matches_any(self._options.exclude, name)}
         wanted = [name for name in described if name not in excluded]
         for name, buffer in zip(wanted, self._read_values(f"{name}.{CLASS}" for name in wanted).values(), strict=True):
@@ -230,7 +230,7 @@ class NameMatch:
         decoded_values = {name_of(path[:length]) for path in self.decoded for length in range(1, len(path))}
         unexpected, held = [], []
         for name in dict.fromkeys((*self.stored_names, *self.decoded_names)):
-            if name in self.leaves or name in self._known or name in in_containers or name in decoded_values:
+            if name in self.leaves or name in self._part_names or name in in_containers or name in decoded_values:
                 held.append(name)
             elif name.startswith(self._sections) and not matches_any(self._options.exclude, name):
                 unexpected.append(name)

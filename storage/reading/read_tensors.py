@@ -24,7 +24,7 @@ from ..errors import DestinationError
 from ..formats.source import Source
 from ..runtime.arguments import check_nbytes
 from ..runtime.devices import synchronize
-from ..runtime.limits import default_budget
+from ..runtime.limits import budget_of
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Interrupt, never
 from ..runtime.progress import Meter
@@ -260,7 +260,7 @@ class _Comparison:
         if same_chunks(index, first.name, index, second.name):
             return True
         dtype = torch_dtype(entries[0].dtype)
-        max_bytes = min(MAX_PIECE_BYTES, _budget_of(self._options) // 2)
+        max_bytes = min(MAX_PIECE_BYTES, budget_of(self._options.budget_bytes) // 2)
         for box in _row_boxes_of(first.box, entries[0].dtype, max_bytes):
             parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
             wants = [WantedBox(first.name, box), WantedBox(second.name, box)]
@@ -274,10 +274,6 @@ def _row_boxes_of(box: Box, dtype: str, max_bytes: int) -> Iterator[Box]:
     """Split a box of a tensor into boxes of whole rows. See `row_boxes`."""
     for rows in row_boxes(box.sizes, dtype, max_bytes):
         yield Box(tuple(a + b for a, b in zip(rows.offsets, box.offsets, strict=True)), rows.sizes)
-
-
-def _budget_of(options: ReadOptions) -> int:
-    return default_budget() if options.budget_bytes is None else options.budget_bytes
 
 
 def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -333,7 +329,7 @@ class _ReadRun:
         self._source = source
         self._reads = reads
         self._options = options
-        self._budget = _budget_of(options)
+        self._budget = budget_of(options.budget_bytes)
         self._meter = options.meter or Meter("load")
         self.report = added(RankReport(options.rank), reads.compared)
 

@@ -84,12 +84,12 @@ class Schedule:
     @property
     def done(self) -> bool:
         """Whether everything has been written."""
-        return not (self._groups or self._can_free_memory)
+        return not (self._groups or self._has_work)
 
     @property
     def fetches_left(self) -> int:
         """The number of fetches that have not begun; 0 if `fetch` could do nothing now."""
-        if not self._groups or self._fetching >= self._max_fetches or (self._is_full and self._can_free_memory):
+        if not self._groups or self._fetching >= self._max_fetches or (self._is_full and self._has_work):
             return 0
         return len(self._groups)
 
@@ -99,7 +99,7 @@ class Schedule:
         return self.held_bytes > 0 and self.held_bytes + self._groups[0].nbytes > self._budget_bytes
 
     @property
-    def _can_free_memory(self) -> bool:
+    def _has_work(self) -> bool:
         """Whether steps that run or wait may free memory."""
         return bool(self._fetching or self._working or self._to_verify or self._to_place or self._with_frames)
 
@@ -124,7 +124,7 @@ class Schedule:
         if not self._groups or self._fetching >= self._max_fetches:
             return None
         if self._is_full:
-            if self._can_free_memory:
+            if self._has_work:
                 return None
             self._place_incomplete_tensors()
             if self._to_place or self._with_frames:

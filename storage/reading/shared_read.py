@@ -17,7 +17,7 @@ from ...planner.shared_reads import Needs, RankShare, ReadDivision, digest, shar
 from ...planner.slabs import NO_GAPS
 from ..errors import ArgumentError
 from ..formats.source import Source
-from ..runtime.limits import default_budget
+from ..runtime.limits import budget_of
 from ..runtime.peers import Peers
 from ..runtime.process_group import Alarm, is_distributed, on_all_ranks, rank_of
 
@@ -133,7 +133,7 @@ class SharedRead:
             if not (is_distributed() and may_share(source, self._mode)):
                 return None
             self._wanted = _Wanted.of(source, wants())
-        budget_bytes = self._budget_bytes or default_budget()
+        budget_bytes = budget_of(self._budget_bytes)
         return Offer(self._mode, digest(self._wanted.packed), len(self._wanted.needs), budget_bytes)
 
     def agree(self, offers: Sequence[Offer | None]) -> None:

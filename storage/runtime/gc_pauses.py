@@ -75,11 +75,11 @@ def _make_rare() -> Callable[[], object]:
 _off, _rare = _Setting(_switch_off), _Setting(_make_rare)
 
 
-def without_collections() -> contextlib.AbstractContextManager[None]:
+def gc_disabled() -> contextlib.AbstractContextManager[None]:
     """Do not search for garbage while the block runs. Use it for work that takes seconds, such as planning."""
     return _off.active()
 
 
-def rare_collections() -> contextlib.AbstractContextManager[None]:
+def gc_less_often() -> contextlib.AbstractContextManager[None]:
     """Search for garbage less often while the block runs. Use it for work that the caller waits for."""
     return _rare.active()

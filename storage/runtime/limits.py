@@ -43,6 +43,11 @@ def default_budget() -> int:
     return max(MIN_BUDGET_BYTES, min(MAX_BUDGET_BYTES, available_bytes() // 10) // local_ranks())
 
 
+def budget_of(budget_bytes: int | None) -> int:
+    """Return a budget that a caller has passed, or the default if it is None."""
+    return default_budget() if budget_bytes is None else budget_bytes
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system. glibc keeps about 60 MB of it per thread."""
     with contextlib.suppress(AttributeError, OSError):  # the C library is not glibc

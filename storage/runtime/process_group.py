@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from ...planner.errors import CheckpointError
 from ...planner.masking import harmless
 from ..errors import ArgumentError, RankError, StoppedError, nearest
-from .gc_pauses import without_collections
+from .gc_pauses import gc_disabled
 from .lost_ranks import Poller, Watch, new_key
 from .messages import Messages
 
@@ -194,7 +194,7 @@ class Collectives:
                     values = None if failed else [bytes(one) for one in outcomes]
                     answer = _packed(values, failed)
                 found = self._messages.broadcast(answer)
-        with without_collections():
+        with gc_disabled():
             parts, failed = _unpacked(found)
             if failed is not None:
                 self._raise(failed, cause)
@@ -363,7 +363,7 @@ def _first_failure(outcomes: Sequence[memoryview]) -> tuple[int, CheckpointError
 
 
 def _combined(outcomes: Sequence[memoryview], combine: Callable[[list[T]], list[R]]) -> list[bytes]:
-    with without_collections():
+    with gc_disabled():
         parts = combine([_unpacked(outcome)[0] for outcome in outcomes])
         packed = {id(part): _packed(part, None) for part in {id(part): part for part in parts}.values()}
         return [packed[id(part)] for part in parts]

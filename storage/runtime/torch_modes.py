@@ -23,7 +23,7 @@ with record_function("reshard.import"):
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def without_torch_modes() -> Iterator[None]:
     """Disable the torch modes of this thread, as a context manager or a decorator.
 
     These are the default device, function and dispatch modes (such as fake tensors), inference mode, and gradients.

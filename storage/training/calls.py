@@ -64,7 +64,7 @@ def _check_same(what: str, passed: Sequence[object]) -> None:
         raise ArgumentError(f"the ranks passed different {what}: {arguments}")
 
 
-def order_for(calls: Sequence[SaveCall]) -> SaveOrder:
+def checked_order(calls: Sequence[SaveCall]) -> SaveOrder:
     """Return the order of rank 0 for the calls of all ranks.
 
     Raises:
@@ -80,7 +80,7 @@ def order_for(calls: Sequence[SaveCall]) -> SaveOrder:
     return order
 
 
-def candidates_for(calls: Sequence[RestoreCall]) -> list[Candidate]:
+def checked_candidates(calls: Sequence[RestoreCall]) -> list[Candidate]:
     """Return the checkpoints that rank 0 has found for the calls of all ranks.
 
     Raises:

@@ -40,7 +40,7 @@ from ..stores.uris import join_location
 from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
 from ..writing.checkpoint_writer import SaveOptions
-from .calls import News, RestoreCall, SaveCall, SaveOrder, candidates_for, order_for
+from .calls import News, RestoreCall, SaveCall, SaveOrder, checked_candidates, checked_order
 from .lease import Lease, LeaseMark, last_mark
 from .manager_threads import ManagerThreads, wait_for_dropped
 from .mirror import MirrorCopier, remove_own_leftovers, remove_own_objects
@@ -420,7 +420,7 @@ class CheckpointManager:
 
         try:
             calls = self._on_all_ranks("restore()", begin)
-            candidates = candidates_for(calls)
+            candidates = checked_candidates(calls)
             wanted = calls[0].step
             if wanted is not None and all(candidate.entry.problem for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
@@ -589,7 +589,7 @@ class CheckpointManager:
             return SaveCall(step, force, has_entries, SaveOrder(decision, stored, News.of(self._controller)))
 
         with ExitStack() as on_failure:
-            order = order_for(self._on_all_ranks(f"save({step})", prepare))
+            order = checked_order(self._on_all_ranks(f"save({step})", prepare))
             self._accept(order.news)
             if order.decision.is_skipped:
                 return False

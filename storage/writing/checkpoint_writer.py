@@ -20,7 +20,7 @@ from ..formats.native.write_records import ObjectRecord, PackedRecords, assemble
 from ..formats.user_metadata import plain_metadata
 from ..formats.value_codec import needs_pickle
 from ..runtime.arguments import check_flags, check_nbytes
-from ..runtime.gc_pauses import without_collections
+from ..runtime.gc_pauses import gc_disabled
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt
 from ..runtime.progress import Meter
@@ -229,7 +229,7 @@ class CheckpointWriter:
 
         Raises what `commit` of the native format raises. CorruptCheckpointError: an entry was not written.
         """
-        with without_collections():
+        with gc_disabled():
             manifest, objects = self._manifest(paths, tensors, by_rank)
         reports = [written.report for written in by_rank]
         reports[self.rank]["bytes_written"] += len(manifest)

@@ -35,7 +35,7 @@ from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
 from ..runtime.checksums import checksum, raw_checksums
 from ..runtime.devices import DeviceWaits
-from ..runtime.limits import default_budget, default_threads
+from ..runtime.limits import budget_of, default_threads
 from ..runtime.logs import logger_of
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.threads import Pool
@@ -181,7 +181,7 @@ def write_objects(
         DtypeError: a dtype cannot be stored.
         ShapeMismatchError: `load` returned values of another shape or dtype.
     """
-    budget = default_budget() if budget_bytes is None else budget_bytes
+    budget = budget_of(budget_bytes)
     streams = min(MAX_STREAMS, max(1, default_threads() // THREADS_PER_STREAM))
     streams = 0 if store.capabilities.buffers_objects else streams
     groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, streams=streams)

@@ -33,7 +33,7 @@ from ..formats.native.write_records import ObjectRecord
 from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
 from ..runtime.forks import fork_safe_lock, generation
-from ..runtime.gc_pauses import rare_collections
+from ..runtime.gc_pauses import gc_less_often
 from ..runtime.process_group import Interrupt, never, portable
 from ..stores.base import Store
 from ..stores.memory import MemoryStore
@@ -423,7 +423,7 @@ class _Server:
     def _write(self, job: Job) -> list[ObjectRecord]:
         self._wrote = 0
         memory = self._arenas[job.arena]
-        with rare_collections():
+        with gc_less_often():
             return write_objects(
                 job.store.open(),
                 job.label,

@@ -247,9 +247,9 @@ def test_torch_writes_to_destinations_in_every_mode(dtype: torch.dtype, in_infer
 @contextlib.contextmanager
 def undisturbed_mode(mode: str) -> Iterator[None]:
     """Enter a mode, and suspend it as every call of reshard does."""
-    from reshard.storage.runtime.torch_modes import undisturbed
+    from reshard.storage.runtime.torch_modes import without_torch_modes
 
-    with MODES[mode](), undisturbed():
+    with MODES[mode](), without_torch_modes():
         yield
 
 

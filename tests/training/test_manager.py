@@ -1003,7 +1003,9 @@ def test_a_call_that_fails_on_another_rank_protects_no_folder(tmp_path: Path, mo
     with manager_of(tmp_path) as manager:
         train(manager, [1])
         with monkeypatch.context() as patch:
-            patch.setattr(manager_module, "order_for", lambda calls: (_ for _ in ()).throw(errors.ArgumentError("no")))
+            patch.setattr(
+                manager_module, "checked_order", lambda calls: (_ for _ in ()).throw(errors.ArgumentError("no"))
+            )
             with pytest.raises(errors.ArgumentError, match="no"):
                 train(manager, [2])
         assert not manager._controller.root._protected  # type: ignore[union-attr]
