@@ -1000,12 +1000,13 @@ def test_ranks_learn_of_a_removal_from_the_folder_of_their_save(
 def test_a_call_that_fails_on_another_rank_protects_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reshard.storage.training import manager as manager_module
 
+    def refuse(calls: Any) -> Any:
+        raise errors.ArgumentError("no")
+
     with manager_of(tmp_path) as manager:
         train(manager, [1])
         with monkeypatch.context() as patch:
-            patch.setattr(
-                manager_module, "checked_order", lambda calls: (_ for _ in ()).throw(errors.ArgumentError("no"))
-            )
+            patch.setattr(manager_module, "checked_order", refuse)
             with pytest.raises(errors.ArgumentError, match="no"):
                 train(manager, [2])
         assert not manager._controller.root._protected  # type: ignore[union-attr]
