@@ -33,10 +33,11 @@ from .runtime.process_group import (
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import without_torch_modes
-from .save import Assignment, RankContents, ReusablePlan, Saving
+from .save import Saving
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, has_stateful
 from .writing.checkpoint_writer import SaveOptions, Written
+from .writing.coordinator import Assignment, RankContents, ReusablePlan
 from .writing.object_writer import write_objects
 from .writing.staging import (
     Staging,
@@ -419,7 +420,7 @@ def _decide(saving: Saving, states: Sequence[_RankState]) -> list[_Answer]:
 
     Raises:
         BusyError: a save is running, and `busy` is "refuse".
-        ArgumentError, CheckpointExistsError: as `Saving.global_plan`.
+        ArgumentError, CheckpointExistsError: as `SaveCoordinator.assign`.
     """
     options = _check_options(states)
     errors = [state.error for state in states if state.error is not None]
@@ -434,7 +435,7 @@ def _decide(saving: Saving, states: Sequence[_RankState]) -> list[_Answer]:
     for step in (_Step.BUSY, _Step.READY):
         if step in steps:
             return [_Answer(step)] * len(states)
-    assigned = saving.global_plan([state.contents for state in states if state.contents is not None])
+    assigned = saving.coordinator.assign([state.contents for state in states if state.contents is not None])
     return [_Answer(_Step.REPLAN if one is None else _Step.PLANNED, one) for one in assigned]
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from .errors import ArgumentError, CommitError, RankError
+from .errors import CommitError, RankError
 from .runtime.arguments import check_progress
 from .runtime.deferred_writes import finish_writes
 from .runtime.gc_pauses import gc_disabled, gc_less_often
@@ -25,70 +24,21 @@ from .runtime.torch_modes import without_torch_modes
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, flatten, stateful_to_state
 from .tensors.wrapper_tensors import with_parts
-from .writing.agreement import check_same_metadata
 from .writing.checkpoint_writer import CheckpointWriter, SaveOptions, Written
+from .writing.coordinator import Assignment, RankContents, ReusablePlan, SaveCoordinator, UnchangedSinceLastPlan
 from .writing.held_state import HeldState
 from .writing.object_layout import ShardToWrite
 from .writing.object_writer import write_objects
-from .writing.save_plan import GlobalPlan, HeldShards, plan_save
+from .writing.save_plan import HeldShards
 
 logger = logger_of(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class UnchangedSinceLastPlan:
-    """The names, shapes and shards of this rank have not changed since the ranks last agreed on a plan."""
-
-    number: int
-    """The number of that plan."""
-    digests: bytes
-    """As in `HeldShards`, now."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankContents:
-    """What one rank passes to a save. Rank 0 compares the ranks, and assigns the replicas."""
-
-    location: str | None
-    """None for a Store."""
-    codec: str
-    metadata: str
-    """In JSON with sorted keys."""
-    held: HeldShards | UnchangedSinceLastPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What rank 0 sends to each rank: what the rank writes."""
-
-    number: int
-    """The number of the plan."""
-    mask: bytes | None
-    """One bit for each shard that the rank holds: whether it writes the shard. None if the plan is the one that all
-    ranks have under this number."""
-    largest_sizes: bytes = b""
-    """As in `GlobalPlan`, for this rank. Empty if `mask` is None."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReusablePlan:
-    """The plan of a save, as one rank keeps it for the next one. It refers to no tensors."""
-
-    number: int
-    """Identifies the plan. Rank 0 chooses it."""
-    held: HeldShards
-    """What this rank held."""
-    assigned: Assignment
-    """What this rank wrote."""
-    plan: GlobalPlan | None
-    """Only on rank 0."""
 
 
 class Saving:
     """A save on one rank.
 
-    The caller calls `open`, `describe`, `global_plan` with the results of all ranks (on rank 0), `accept_plan` with its
-    result for this rank, and `write_and_commit`, in this order. Only the last one is collective.
+    The caller calls `open`, `describe`, `coordinator.assign` with the results of all ranks (on rank 0), `accept_plan`
+    with its result for this rank, and `write_and_commit`, in this order. Only the last one is collective.
 
     Args:
         uri: as for `save`.
@@ -96,8 +46,6 @@ class Saving:
         rank, size: the rank in the process group of the save, and the number of ranks.
         last_plan: the plan of the last save of these ranks. If all ranks hold the same as then, it is used again.
     """
-
-    _numbers = itertools.count()
 
     def __init__(
         self,
@@ -115,10 +63,9 @@ class Saving:
         self._rank, self._size = rank, size
         self.meter = Meter("save", progress, rank=rank)
         self._writer: CheckpointWriter | None = None
+        self._coordinator: SaveCoordinator | None = None
         self._state: HeldState | None = None
         self._held: HeldShards | None = None
-        self._plan: GlobalPlan | None = None
-        self._differing: list[str] = []
         self._last_plan = last_plan
         self.shards: list[ShardToWrite] = []
         """What this rank writes. Known after `accept_plan`."""
@@ -132,6 +79,12 @@ class Saving:
         return self._writer
 
     @property
+    def coordinator(self) -> SaveCoordinator:
+        """What plans and commits the save, if this is rank 0. `open` creates it."""
+        assert self._coordinator is not None
+        return self._coordinator
+
+    @property
     def codec(self) -> str:
         return self._options.codec
 
@@ -141,6 +94,7 @@ class Saving:
             return
         check_progress(self._progress)
         self._writer = CheckpointWriter(self._uri, self._options, self._rank, self.meter)
+        self._coordinator = SaveCoordinator(self._writer, self._last_plan)
         self.meter.location = self._writer.store.location
 
     def describe(self, state_dict: Mapping[str, Any], *, is_repeated: bool = False) -> RankContents:
@@ -148,7 +102,7 @@ class Saving:
 
         Args:
             state_dict: the state dict. It is read in the first call only.
-            is_repeated: whether `global_plan` returned None before, so that it needs a description that does not refer
+            is_repeated: whether `assign` returned None before, so that it needs a description that does not refer
                 to the last plan.
         """
         if self._state is None:
@@ -166,52 +120,12 @@ class Saving:
         location = None if isinstance(self._uri, Store) else str(self._uri)
         return RankContents(location, self.codec, self.writer.metadata_json, held)
 
-    def global_plan(self, contents: Sequence[RankContents]) -> list[Assignment | None]:
-        """Compare what the ranks hold, and assign each replica to one of them. Only rank 0 calls it.
-
-        Returns:
-            What each rank writes. None for all if the last plan cannot be used again, so that all ranks must describe
-            what they hold.
-
-        Raises:
-            ArgumentError: the ranks disagree.
-            CheckpointExistsError: there is a checkpoint that must not be replaced.
-        """
-        for what, passed in (
-            ("locations", {one.location for one in contents} - {None}),
-            ("codecs", {one.codec for one in contents}),
-        ):
-            if len(passed) > 1:
-                raise ArgumentError(
-                    f"the ranks of one save passed different {what}: {', '.join(sorted(map(str, passed)))}"
-                )
-        check_same_metadata([one.metadata for one in contents])
-        unchanged = [one.held for one in contents if isinstance(one.held, UnchangedSinceLastPlan)]
-        if unchanged and not (len(unchanged) == len(contents) and len({one.number for one in unchanged}) == 1):
-            return [None] * len(contents)
-        self.writer.check_may_save()
-        if unchanged:
-            assert self._last_plan is not None
-            self._plan = self._last_plan.plan
-            number = self._last_plan.number
-        else:
-            held = [one.held for one in contents if isinstance(one.held, HeldShards)]
-            with gc_disabled():
-                self._plan = plan_save(held)
-            number = next(self._numbers)
-        assert self._plan is not None
-        self._differing = self._plan.differing([one.held.digests for one in contents])
-        if unchanged:
-            return [Assignment(number, None)] * len(contents)
-        assigned = zip(self._plan.masks, self._plan.largest_sizes, strict=True)
-        return [Assignment(number, mask, largest) for mask, largest in assigned]
-
     def reusable_plan(self, assigned: Assignment) -> ReusablePlan | None:
         """Return the plan for the next save to use again."""
         if assigned.mask is None:
             return self._last_plan
         assert self._held is not None
-        return ReusablePlan(assigned.number, self._held, assigned, self._plan)
+        return ReusablePlan(assigned.number, self._held, assigned, self.coordinator.plan)
 
     def accept_plan(self, assigned: Assignment) -> None:
         """Receive what this rank is to write."""
@@ -250,7 +164,7 @@ class Saving:
         def commit(by_rank: list[Written]) -> list[list[dict[str, Any]]]:
             nonlocal interrupted_by
             try:
-                return [self._commit(by_rank)] * collectives.size
+                return [self.coordinator.commit(by_rank)] * collectives.size
             except Exception:
                 raise
             except BaseException as error:
@@ -272,14 +186,6 @@ class Saving:
         finally:
             self.writer.alarm.close()
         return self._report([RankReport(**report) for report in plain])
-
-    def _commit(self, by_rank: list[Written]) -> list[dict[str, Any]]:
-        """Commit on rank 0, and return the reports of all ranks as plain data."""
-        assert self._plan is not None
-        entries = self._plan.entries
-        paths = {name: entry.path for name, entry in entries.items()}
-        tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if entry.dtype}
-        return self.writer.commit(paths, tensors, by_rank, differing=tuple(self._differing))
 
     def _report(self, ranks: list[RankReport]) -> Report:
         """Add the stages of this rank to its report, and return the report of all ranks."""
@@ -374,7 +280,9 @@ def save_with(
 
     # All ranks may have to take part in the state_dict() of a value: first make sure that they will.
     collectives.through_rank_0(check, lambda checked: checked)
-    assigned = collectives.through_rank_0(lambda: saving.describe(state_dict), saving.global_plan)
+    assigned = collectives.through_rank_0(
+        lambda: saving.describe(state_dict), lambda contents: saving.coordinator.assign(contents)
+    )
     assert assigned is not None
     saving.writer.alarm = Alarm(process_group)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from ...planner.errors import CheckpointError
 from ..errors import UnsupportedValueError
 from ..formats.value_codec import encode_value, needs_pickle
 from ..runtime.checksums import checksum
-from ..tensors.dtypes import LocalShard, as_array, as_bytes, dtype_name
+from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf
 from ..tensors.tensor_classes import as_storable, check_has_memory, is_whole
@@ -24,6 +25,24 @@ from .save_plan import SMALL_REPLICA_BYTES, HeldShards, unpack_largest_sizes
 
 SAMPLED = 256
 """About how many values of a large replica are compared between ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorShard:
+    """A shard of a tensor that this rank holds."""
+
+    name: str
+    box: Box
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodedValue:
+    """A value that is not a tensor."""
+
+    name: str
+    kind: Kind
+    data: bytes
 
 
 class HeldState:
@@ -44,8 +63,8 @@ class HeldState:
     def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True, world_size: int = 1) -> None:
         self._allow_pickle = allow_pickle
         self._world_size = world_size
-        self._shards: list[tuple[str, LocalShard | tuple[Kind, bytes]]] = []
-        """The shards that this rank holds: local tensors with their boxes, and encoded values."""
+        self._shards: list[_TensorShard | _EncodedValue] = []
+        """What this rank holds. A value counts as a shard."""
         self._described: dict[str, EntryDescription] = {}
         self._boxes: list[list[Box]] = []
         self._digests: list[tuple[int, Box, int]] = []
@@ -73,15 +92,14 @@ class HeldState:
         largest = dict(zip(self._described, unpack_largest_sizes(largest_sizes, shapes), strict=True))
         found: list[ShardToWrite] = []
         for at in positions:
-            name, (first, second) = self._shards[at]
-            if isinstance(first, Box):
-                assert isinstance(second, torch.Tensor)
-                shape = self._described[name].shape
-                load = partial(_load, name, second, first)
-                found.append(ShardToWrite(name, Kind.TENSOR, second.dtype, shape, first, load, largest[name]))
+            held = self._shards[at]
+            if isinstance(held, _EncodedValue):
+                found.append(ShardToWrite.of_value(held.name, held.kind, held.data))
             else:
-                assert isinstance(second, bytes)
-                found.append(ShardToWrite.of_value(name, first, second))
+                name, box, values = held.name, held.box, held.values
+                load = partial(_load, name, values, box)
+                shape = self._described[name].shape
+                found.append(ShardToWrite(name, Kind.TENSOR, values.dtype, shape, box, load, largest[name]))
         return found
 
     def _add_value(self, name: str, leaf: Leaf) -> None:
@@ -98,7 +116,7 @@ class HeldState:
         self._digests.append((len(self._boxes), box, checksum(data)))
         self._described[name] = EntryDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value")
         self._boxes.append([box])
-        self._shards.append((name, (kind, data)))
+        self._shards.append(_EncodedValue(name, kind, data))
 
     def _add_tensor(self, name: str, leaf: Leaf) -> None:
         tensor: torch.Tensor = leaf.value
@@ -116,7 +134,7 @@ class HeldState:
         kind = "sharded tensor" if is_sharded else "tensor"
         self._described[name] = EntryDescription(leaf.path, kind, dtype, tuple(tensor.size()))
         self._boxes.append([box for box, _ in shards])
-        self._shards += [(name, shard) for shard in shards]
+        self._shards += [_TensorShard(name, box, values) for box, values in shards]
 
     def _may_repeat(self, tensor: torch.Tensor) -> bool:
         """Return whether another rank may hold the same part of a tensor, or of another tensor with the same name."""

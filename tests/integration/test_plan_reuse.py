@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import reshard
 from reshard import errors
 from reshard.storage.async_save import _Ranks
-from reshard.storage.save import RankContents, Saving
+from reshard.storage.save import Saving
+from reshard.storage.writing.coordinator import RankContents
 from reshard.storage.writing.save_plan import HeldShards
 from tests.integration.models import build, local_values
 from tests.ranks import RankPool
