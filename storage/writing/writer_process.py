@@ -34,6 +34,7 @@ from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
 from ..runtime.forks import fork_safe_lock, generation
 from ..runtime.gc_pauses import gc_less_often
+from ..runtime.logs import logger_of
 from ..runtime.process_group import Interrupt, never, portable
 from ..stores.base import Store
 from ..stores.memory import MemoryStore
@@ -42,10 +43,13 @@ from ..stores.retry import discard
 from .object_writer import write_objects
 from .staging import STAGING, Arena, StagedShard, mapped
 
+logger = logger_of(__name__)
 POLL_S = 0.1
 """The time between two checks of the connection, and between two messages about progress."""
 WATCH_S = 1.0
 """The time between two checks whether the trainer is alive."""
+WARN_AFTER_S = 60.0
+"""After how long without progress a warning is logged, and how often it is repeated."""
 LET_STOP_S = 10.0
 """How long a writer process may take to stop and to remove what it wrote. Then it is killed."""
 LET_EXIT_S = 5.0
@@ -220,8 +224,16 @@ class WriterProcess:
         wrote: Callable[[int], None],
         remove: Callable[[list[ObjectRecord]], None],
     ) -> list[ObjectRecord]:
-        written = 0
+        written, last = 0, time.monotonic()
         while True:
+            if time.monotonic() - last > WARN_AFTER_S:
+                last = time.monotonic()
+                logger.warning(
+                    "the writer process %d has written nothing for %.0f s: its store does not answer, or the process "
+                    "was stopped",
+                    self.pid,
+                    WARN_AFTER_S,
+                )
             try:
                 interrupt()
             except BaseException:
@@ -234,6 +246,8 @@ class WriterProcess:
                 records: list[ObjectRecord] = value
                 wrote(sum(record.bytes_needed for record in records) - written)
                 return records
+            if value:
+                last = time.monotonic()
             written += value
             wrote(value)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import reshard
 from reshard.errors import ArgumentError, RankError, StoreError
 from reshard.storage.stores.local import LocalStore, NodeLocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
+from reshard.storage.writing import writer_process as writer_process_module
 from reshard.storage.writing.writer_process import PickledStore, writer_process
 
 pytestmark = pytest.mark.slow
@@ -80,6 +83,24 @@ def test_an_error_of_the_progress_callback_is_not_one_of_the_process(background:
     with pytest.raises(RankError, match="BrokenPipeError: nobody reads the progress"):
         reshard.async_save(state, tmp_path / "c", background=background, progress=fail).result()
     reshard.async_save(state, tmp_path / "c", background=background).result()
+
+
+def test_a_writer_process_that_is_stopped_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reshard.async_save({"w": torch.ones(3)}, tmp_path / "1", background="process").result()
+    monkeypatch.setattr(writer_process_module, "WARN_AFTER_S", 0.2)
+    pid = writer_process().pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        saving = reshard.async_save({"w": torch.ones(3)}, tmp_path / "2", background="process")
+        while f"the writer process {pid} has written nothing for" not in caplog.text:
+            assert not saving.done()
+            time.sleep(0.01)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    saving.result()
+    assert reshard.open(tmp_path / "2").verify() == []
 
 
 def test_a_working_directory_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
