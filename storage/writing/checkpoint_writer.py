@@ -16,7 +16,7 @@ from ..errors import CorruptCheckpointError, UnsupportedValueError
 from ..formats.native.codec import check_codec
 from ..formats.native.commit import check_may_save, commit
 from ..formats.native.manifest import encode_manifest, info_of_save
-from ..formats.native.write_records import ObjectRecord, PackedRecords, assemble_index, entries_of
+from ..formats.native.write_records import ObjectRecord, PackedRecords, assemble_index
 from ..formats.user_metadata import plain_metadata
 from ..formats.value_codec import needs_pickle
 from ..runtime.arguments import check_flags, check_nbytes
@@ -267,13 +267,11 @@ class CheckpointWriter:
         by_rank: Sequence[Written],
     ) -> tuple[bytes, set[str]]:
         """Return the manifest, and the names of the data objects that it lists."""
-        packed = [written.records for written in by_rank]
-        written = {entry.name for entries in entries_of(packed).values() for entry in entries}
-        empty = {name: tensor for name, tensor in tensors.items() if name not in written}
+        without_elements = {name: (dtype, shape) for name, (dtype, shape) in tensors.items() if 0 in shape}
+        index = assemble_index([written.records for written in by_rank], without_elements)
         for name in paths:
-            if name not in written and (name not in empty or 0 not in empty[name][1]):
+            if name not in index:
                 raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
-        index = assemble_index(packed, empty)
         info = info_of_save(self._options.codec, ranks=len(by_rank), save_id=self.save_id)
         known = {name: path for name, path in paths.items() if path is not None}
         return encode_manifest(index, known, info, self._metadata), {name for name, _ in index.objects}

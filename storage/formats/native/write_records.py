@@ -136,7 +136,7 @@ class PackedRecords:
         )
 
 
-def entries_of(packed: Sequence[PackedRecords]) -> dict[bytes, list[Entry]]:
+def _entries_of(packed: Sequence[PackedRecords]) -> dict[bytes, list[Entry]]:
     """Decode each distinct table of entries once. Return the tables by their packed bytes.
 
     Raises:
@@ -173,7 +173,7 @@ def assemble_index(
     Raises:
         ArgumentError: ranks used different grids for a tensor, because they saved with different codecs.
     """
-    tables = entries_of(packed)
+    tables = _entries_of(packed)
     known = {
         name: Entry(name, Kind.TENSOR, dtype, Grid.choose(shape, ITEMSIZES[dtype]))
         for name, (dtype, shape) in (empty or {}).items()
