@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -118,6 +118,29 @@ class RankPlans:
         return table(f"{self.location} read by {self.mesh}", ("", *REPORT_COLUMNS, "MB in whole shards"), rows)
 
 
+def check_layout_fits(layout: Layout, names: Collection[str]) -> None:
+    """Check that the rules and the stages of a layout concern some of the tensors of a checkpoint.
+
+    Args:
+        names: the names of all tensors of the checkpoint.
+
+    Raises:
+        LayoutError: no tensor matches a rule, or none is in the stages.
+    """
+    patterns, in_stages = [pattern for pattern, _ in layout.rules], [name for name, _ in layout.stages]
+    if names and patterns and not any(matches(pattern, name) for name in names for pattern in patterns):
+        raise LayoutError(
+            f"no pattern of the layout ({quoted(patterns)}) matches any of the {len(names)} tensors, such as "
+            f"{next(iter(names))!r}: correct the patterns, or pass no rules to replicate all tensors"
+        )
+    if names and in_stages and set(names).isdisjoint(in_stages):
+        raise LayoutError(
+            f"none of the names in the stages of the layout ({quoted(in_stages)}) is one of the {len(names)} tensors, "
+            f"such as {next(iter(names))!r}: stages take names of tensors, not patterns or names of modules; "
+            "reshard.layout.even_stages returns them"
+        )
+
+
 def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> list[RankTensor]:
     """Return the part of each tensor that a rank holds under a layout.
 
@@ -127,14 +150,8 @@ def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> lis
         rank: the rank.
 
     Raises:
-        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
+        LayoutError: a tensor does not fit its rule.
     """
-    patterns = [pattern for pattern, _ in layout.rules]
-    if entries and patterns and not any(matches(pattern, name) for name in entries for pattern in patterns):
-        raise LayoutError(
-            f"no pattern of the layout ({quoted(patterns)}) matches any of the {len(entries)} tensors, such as "
-            f"{next(iter(entries))!r}: correct the patterns, or pass no rules to replicate all tensors"
-        )
     return [
         RankTensor(name, entry, layout.local(name, entry.shape, rank))
         for name, entry in entries.items()
@@ -163,11 +180,12 @@ def plan_ranks(
         bytes_per_s: how fast a rank reads from the store.
 
     Raises:
-        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
+        LayoutError: a tensor does not fit its rule, or `entries` is None and no tensor matches a rule.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
     if entries is None:
         entries = {entry.name: entry for entry in index.entries if entry.is_tensor}
+        check_layout_fits(layout, entries.keys())
     wants = [
         tuple(want for tensor in rank_tensors(entries, layout, rank) for want in tensor.wants)
         for rank in range(layout.world_size)

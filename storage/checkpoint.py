@@ -19,7 +19,7 @@ from ..planner.entries import Entry
 from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.html import table
 from ..planner.layout import Layout, unused_rules
-from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
+from ..planner.rank_plans import RankPlans, check_layout_fits, plan_ranks, rank_tensors
 from ..planner.request_costs import REMOTE_COSTS, RequestCosts
 from ..planner.text import counted, quoted
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError
@@ -318,7 +318,7 @@ class Checkpoint:
             StoreError: the metadata cannot be read.
         """
         selection = Selection.of(include, exclude, rename)
-        _check_layout(layout)
+        self._check_layout(layout, selection)
         check_cooperative(cooperative)
         if costs is not None and not (math.isfinite(costs.latency_s) and 0 < costs.bytes_per_s < math.inf):
             raise ArgumentError(f"the latency and the bandwidth of costs must be finite numbers, got {costs}")
@@ -330,7 +330,7 @@ class Checkpoint:
         if costs is None and not may_share(self._source, cooperative):
             cooperative = False
         plans = plan_ranks(index, layout, entries, limits, self.location, cooperative, speed)
-        self._warn_of_layout(layout, selection)
+        self._warn_of_layout(layout, selection, entries)
         return plans
 
     def _selected_tensors(self, selection: Selection, may_miss: Sequence[str] = ()) -> dict[str, Entry]:
@@ -345,11 +345,25 @@ class Checkpoint:
         selection.check([*includable, *self.value_names], may_miss=may_miss, includable=includable)
         return {new: tensors[name] for new, name in selection.select(tensors).items()}
 
-    def _warn_of_layout(self, layout: Layout, selection: Selection) -> None:
-        """Warn on rank 0 if a layout does not fit the tensors of the checkpoint, selected or not."""
+    def _check_layout(self, layout: object, selection: Selection) -> None:
+        """Check that a layout fits the tensors of the checkpoint, selected or not. Raise ArgumentError, LayoutError."""
+        if not isinstance(layout, Layout):
+            raise ArgumentError(f"layout must be a reshard.Layout, got {layout!r}")
+        check_layout_fits(layout, self._new_names(selection))
+
+    def _new_names(self, selection: Selection) -> list[str]:
+        """Return the names of all tensors in the layout."""
+        return list(map(selection.new_name, [*self._tensors, *self._source.unreadable]))
+
+    def _warn_of_layout(self, layout: Layout, selection: Selection, selected: Iterable[str]) -> None:
+        """Warn on rank 0 if a layout does not fit the tensors of the checkpoint, selected or not.
+
+        Args:
+            selected: the names of the selected tensors, in the layout.
+        """
         if rank_of(None) == 0:
-            names = [*self._tensors, *self._source.unreadable]
-            warn_of_layout(layout, map(selection.new_name, names), self.location)
+            warn_of_layout(layout, self._new_names(selection), self.location)
+            warn_of_selection(layout, selected)
 
     @without_torch_modes()
     def shards_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
@@ -415,7 +429,7 @@ class Checkpoint:
         check_dtype(dtype)
         to_device = _checked_device(device)
         check_progress(progress)
-        _check_layout(layout)
+        self._check_layout(layout, selection)
 
         def is_held(name: str) -> bool:
             is_wanted = selection.includes(name) and not matches_any(may_miss, name)
@@ -429,7 +443,7 @@ class Checkpoint:
         entries = self._selected_tensors(selection, may_miss)
         check_scale_layouts(layout, entries)
         held_tensors = rank_tensors(entries, layout, rank)
-        self._warn_of_layout(layout, selection)
+        self._warn_of_layout(layout, selection, entries)
         self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored[held.name] = torch_dtype(held.entry.dtype)
@@ -592,6 +606,16 @@ class Checkpoint:
         return table(repr(self), columns, rows)
 
 
+def warn_of_selection(layout: Layout, selected: Iterable[str]) -> None:
+    """Log a warning if no rule of a layout matches a selected tensor, so that all of them are replicated."""
+    selected = list(selected)
+    if layout.rules and selected and len(unused_rules(layout, selected)) == len(layout.rules):
+        logger.warning(
+            "no pattern of the layout matches a selected tensor, so each rank reads all of them whole: %s",
+            quoted(selected),
+        )
+
+
 def warn_of_layout(layout: Layout, names: Iterable[str], location: str) -> None:
     """Log warnings if rules or stages of a layout match none of the tensors of a checkpoint, or stages are missing."""
     names = list(names)
@@ -638,11 +662,6 @@ def _check_box(box: object) -> None:
         isinstance(box, Box) and all(isinstance(n, numbers.Integral) for n in (*box.offsets, *box.sizes))
     ):
         raise ArgumentError(f"box must be a reshard.Box of integers, got {box!r}")
-
-
-def _check_layout(layout: object) -> None:
-    if not isinstance(layout, Layout):
-        raise ArgumentError(f"layout must be a reshard.Layout, got {layout!r}")
 
 
 def open_checkpoint(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
+import signal
 import sys
 import traceback
 from types import TracebackType
 
 from reshard.errors import CheckpointError
 from reshard.planner.text import shown
+
+PIPE_CLOSED = 128 + signal.SIGPIPE
+"""The exit code of a program that SIGPIPE ends, as shells show it."""
 
 
 def main() -> None:
@@ -29,6 +34,10 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()
+    except SystemExit as exit:
+        if exit.code == 1 and _reader_has_ended():  # click uses 1 for this, too
+            sys.exit(PIPE_CLOSED)
+        raise
     except CheckpointError as error:
         if "--debug" in sys.argv:
             sys.excepthook = _print_traceback
@@ -41,7 +50,17 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write at exit
         if error.errno != errno.EPIPE:  # EPIPE: the reader of the output has closed it
             print(f"reshard: the output cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1 if error.errno == errno.EPIPE else 2)
+        sys.exit(PIPE_CLOSED if error.errno == errno.EPIPE else 2)
+
+
+def _reader_has_ended() -> bool:
+    """Return whether the output is a pipe from which nobody can read any more."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

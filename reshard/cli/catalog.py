@@ -27,9 +27,14 @@ SHOWN_NAMES = 10
 """How many names `rm` shows before it asks for confirmation. It shows all unusual names of a DCP checkpoint."""
 
 
-def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
+def _check_exists(uri: str) -> None:
+    """Raise CheckpointNotFoundError if a local folder does not exist."""
     if is_local(uri) and not os.path.exists(absolute_location(uri)):
         raise CheckpointNotFoundError(f"there is no folder {uri}")
+
+
+def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
+    _check_exists(uri)
     found = reshard.find_checkpoints(uri, storage_options(options))
     if as_json:
         print_json([_as_json(checkpoint) for checkpoint in found])
@@ -96,6 +101,7 @@ def gc(
             f"checkpoint: pass {MIN_AGE_S / 3600:g} or more, or add --no-save-running if no save is running there",
             param_hint="--older-than",
         )
+    _check_exists(uri)
     given = storage_options(options)
     found = reshard.gc(uri, given, older_than_s=older_than_s, dry_run=True)
     for remains in found:

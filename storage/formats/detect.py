@@ -17,7 +17,7 @@ from ..runtime.torch_modes import without_torch_modes
 from ..stores.base import Store
 from ..stores.local import LocalStore
 from ..stores.open import open_found_store, open_store
-from ..stores.uris import split_file
+from ..stores.uris import last_name, split_file
 from .dcp_metadata import METADATA, RANK_METADATA
 from .dcp_source import DcpSource
 from .foreign import ForeignSource
@@ -337,4 +337,6 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
     lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
     inner = min((folder for folder, _, base in parts if folder and base in (MANIFEST_NAME, METADATA)), default=None)
     hint = "" if inner is None else f". There are some below it, such as {inner!r}; `reshard ls` lists them"
+    if last_name(store.location) in (MANIFEST_NAME, METADATA):
+        hint += ". Pass the folder that contains this file"
     return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}{hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
@@ -31,9 +32,12 @@ def is_local(uri: str) -> bool:
     """Return whether a path or URI is on a local disk.
 
     Raises:
-        UnsupportedURIError: a URI has lost a slash, as in `Path("s3://bucket")`. It would be a local folder.
+        UnsupportedURIError: a URI has lost a slash, as in `Path("s3://bucket")` or "file://data". It would be a local
+            folder.
     """
     parts = uri.split("::")
+    if is_chain(uri) or len(parts) == 1:
+        _check_file_uris(parts)
     lost = [_lost_slash(part) for part in parts]
     if lost[0] or (
         any(lost) and all(is_lost or _is_chain_part(part) for part, is_lost in zip(parts, lost, strict=True))
@@ -45,6 +49,20 @@ def is_local(uri: str) -> bool:
             f"which drops a slash. For the local folder, pass {'./' + masked(uri)!r}"
         )
     return not is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
+
+
+def _check_file_uris(parts: Iterable[str]) -> None:
+    """Raise UnsupportedURIError if a URI of a local file has a host, or a path that is not absolute."""
+    for part in parts:
+        protocol, mark, path = part.partition("://")
+        if mark and protocol in LOCAL_PROTOCOLS and not path.startswith(("/", "~")):
+            host, _, rest = path.partition("/")
+            if host != "localhost":
+                rest = path
+            raise UnsupportedURIError(
+                f"{masked(part)!r} has no absolute path: pass {masked(f'{protocol}:///{rest}')!r}, or "
+                f"{masked(rest)!r} for a path in the current folder"
+            )
 
 
 def _lost_slash(part: str) -> bool:

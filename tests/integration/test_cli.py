@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -257,6 +258,7 @@ def test_mistakes_are_answered_with_the_way_out(tmp_path: Path) -> None:
     runner = CliRunner()
     for arguments, expected in (
         (["ls", tmp_path / "nowhere"], "there is no folder"),
+        (["gc", tmp_path / "nowhere"], "there is no folder"),
         (["plan", place, "--tp", 2], "--tp 2 needs rules, such as --tp-plan"),
         (["convert", place, tmp_path / "c", "--dtype", "bf16"], "pass 'bfloat16'"),
     ):
@@ -665,6 +667,21 @@ def test_weight_files_that_are_not_in_the_index_are_shown(tmp_path: Path) -> Non
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "are not in the index and were not read: consolidated.safetensors" in call("inspect", tmp_path)
     assert as_json("inspect", tmp_path)["unindexed_files"] == ["consolidated.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["inspect", "c"], ["inspect", "c", "--json"], ["ls", "."], ["verify", "c"]])
+def test_the_exit_code_shows_that_the_reader_of_the_output_has_ended(arguments: list[str], tmp_path: Path) -> None:
+    """Code 1 would mean damage or a difference."""
+    reshard.save({f"w{at}": torch.zeros(3) for at in range(3000)}, tmp_path / "c")
+    command = [sys.executable, "-c", "from reshard.cli import main; main()", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, cwd=tmp_path, stdout=closed, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
-from reshard.errors import MissingTensorError
+from reshard.errors import LayoutError, MissingTensorError
 from reshard.testing import MemoryStore
 from tests.conftest import STORES, Place
 from tests.integration.models import build, local_values
@@ -193,6 +193,37 @@ def test_layout_whose_stages_do_not_fit_is_logged(
     caplog.clear()
     reshard.open(store).load_rank(layout, 0)
     assert re.search(message, caplog.text) if message else not caplog.records
+
+
+@pytest.mark.parametrize("method", ["load_rank", "plan"])
+def test_stages_that_have_no_tensor_of_the_checkpoint_are_refused(method: str) -> None:
+    store = MemoryStore()
+    reshard.save({"layers.0.up": torch.ones(4, 4), "layers.1.up": torch.ones(4, 4)}, store)
+    checkpoint = reshard.open(store)
+    for stages in ({"layers.0": 0, "layers.1": 1}, {"layers.*": 1}):
+        layout = reshard.Layout({"pp": 2}, stages=stages)
+        with pytest.raises(LayoutError, match=r"none of the names in the stages .* is one of the 2 tensors"):
+            checkpoint.load_rank(layout, 0) if method == "load_rank" else checkpoint.plan(layout)
+
+
+def test_a_selection_may_have_no_rule_of_the_layout(caplog: pytest.LogCaptureFixture) -> None:
+    """A part of a model may be loaded by itself, such as a norm."""
+    store = MemoryStore()
+    reshard.save({"up": torch.ones(4, 4), "norm": torch.ones(4), "head": torch.ones(4)}, store)
+    checkpoint = reshard.open(store)
+    layout = reshard.Layout({"tp": 2}, {"up": "colwise"})
+    assert checkpoint.load_rank(layout, 0, include="norm")["norm"].equal(torch.ones(4))
+    assert "no pattern of the layout matches a selected tensor, so each rank reads all of them whole: 'norm'" in (
+        caplog.text
+    )
+    assert [len(plan.reads) for plan in checkpoint.plan(layout, include=["norm", "head"])] == [2, 2]
+    caplog.clear()
+    assert checkpoint.load_rank(layout, 0, include=["norm", "up"])["up"].shape == (2, 4)
+    assert not caplog.records
+    in_stages = reshard.Layout({"pp": 2}, stages={"up": 0})
+    assert checkpoint.load_rank(in_stages, 1, include="norm").keys() == {"norm"}
+    with pytest.raises(LayoutError, match=r"no pattern of the layout \('wp'\) matches any of the 3 tensors"):
+        checkpoint.load_rank(reshard.Layout({"tp": 2}, {"wp": "colwise"}), 0, include="norm")
 
 
 def load_rank_with_a_wrong_pattern(uri: str) -> str:

@@ -194,6 +194,28 @@ def test_a_local_path_with_colons_is_a_folder(location: str, empty_folder: Path,
     assert {path.suffix for path in (empty_folder / location).iterdir()} == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("uri", "instead"),
+    [
+        ("file://localhost/a/b", "'file:///a/b'"),
+        ("file://data/run", "'file:///data/run', or 'data/run' for a path in the current folder"),
+        ("local://run", "'local:///run'"),
+        ("simplecache::file://data/run", "'file:///data/run'"),
+        ("zip://c::file://y.zip", "'file:///y.zip'"),
+    ],
+)
+def test_a_file_uri_without_an_absolute_path_is_refused(uri: str, instead: str, empty_folder: Path) -> None:
+    for call in (
+        lambda: reshard.save(STATE, uri),
+        lambda: reshard.open(uri),
+        lambda: reshard.find_checkpoints(uri),
+        lambda: reshard.CheckpointManager(uri),
+    ):
+        with pytest.raises(UnsupportedURIError, match=re.escape(instead)):
+            call()
+    assert not list(empty_folder.iterdir())
+
+
 @pytest.mark.parametrize("name", ["a::b", "a:", "s3:", "x::y/z::", "zip::b"])
 def test_a_file_uri_may_contain_colons(name: str, empty_folder: Path) -> None:
     reshard.save(STATE, f"file://{empty_folder}/{name}")
