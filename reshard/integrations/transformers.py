@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
 import reshard
 
@@ -14,9 +13,10 @@ class CheckpointCallback(TrainerCallback):
     """Restores the latest checkpoint when training starts, and passes every step to the manager.
 
     A checkpoint contains the model, the optimizer and the learning-rate scheduler. The metrics are the numbers that
-    the trainer logs at its step, those of an evaluation included. Training ends when the manager says so. After a
-    restore, the trainer begins the data and the count of epochs again, and the first loss that it logs is too small, so
-    it is not used as a metric. If the run is finished, the trainer still makes a step, which is undone.
+    the trainer logs at its step, also during evaluations. A step that is due is therefore saved when the next one
+    begins, or when training ends. If an evaluation fails, its step is not saved. Training ends when the manager says
+    so. After a restore, the trainer begins the data and the count of epochs again, and the first loss that it logs is
+    too small, so it is not used as a metric. If the run is finished, the trainer still makes a step, which is undone.
 
     Args:
         manager: the manager. Pass `save_strategy="no"` to the trainer, or it saves checkpoints of its own, too.
@@ -27,8 +27,8 @@ class CheckpointCallback(TrainerCallback):
         self._state: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
         """What the trainer has logged since the last step began."""
-        self._awaited: Literal["evaluation", "log"] | None = None
-        """What the save of the last step waits for."""
+        self._is_pending = False
+        """Whether the last step is still to be saved, with what the trainer logs after it."""
         self._is_loss_wrong = False
         """Whether the trainer will log a loss that it divides by all steps since step 0."""
         self._is_finished = False
@@ -39,6 +39,7 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         optimizer = getattr(parts["optimizer"], "optimizer", parts["optimizer"])  # Accelerate wraps it
         self._state = reshard.training_state(parts["model"], optimizer, lr_scheduler=parts["lr_scheduler"])
+        self._is_pending, self._metrics = False, {}
         state.global_step = self._manager.restore(self._state) or 0
         self._is_loss_wrong = state.global_step > 0
         self._is_finished = 0 < state.max_steps <= state.global_step
@@ -52,21 +53,17 @@ class CheckpointCallback(TrainerCallback):
         **parts: Any,
     ) -> None:
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if "train_runtime" in numbers:  # the summary of the training
+            return
         if self._is_loss_wrong and "loss" in numbers:
             del numbers["loss"]
             self._is_loss_wrong = False
         self._metrics |= numbers
-        if self._awaited == "log":
-            self._save(state, control)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        if self._awaited == "evaluation":
-            self._save(state, control)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
-        if self._awaited is not None:  # the trainer has logged nothing
+        if self._is_pending:
             self._save(state, control)
         self._metrics = {}
 
@@ -75,20 +72,16 @@ class CheckpointCallback(TrainerCallback):
             state.global_step = self._manager.restore(self._state) or 0
             control.should_training_stop = True
             return
-        epoch = float(state.epoch or 0)
-        ends = IntervalStrategy.EPOCH if epoch.is_integer() else None
-        if control.should_evaluate or (args.eval_strategy == ends and args.eval_delay <= epoch):
-            self._awaited = "evaluation"
-        elif control.should_log or args.logging_strategy == ends:
-            self._awaited = "log"
-        else:
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        self._is_pending = self._manager.is_due(state.global_step)
+        if not self._is_pending or (is_last and args.load_best_model_at_end):  # which replaces the weights
             self._save(state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        if self._awaited is not None and not args.load_best_model_at_end:  # which may have replaced the weights
+        if self._is_pending:
             self._save(state, control)
 
     def _save(self, state: TrainerState, control: TrainerControl) -> None:
-        self._awaited = None
+        self._is_pending = False
         self._manager.save(state.global_step, self._state, self._metrics)
         control.should_training_stop |= self._manager.should_stop

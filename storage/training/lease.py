@@ -158,6 +158,8 @@ class Lease:
         self._lost = ""
         self.was_taken_over = False
         """Whether the previous holder has not released it, and may still run."""
+        self.previous_time = 0.0
+        """When the previous holder last renewed it, by its clock, in seconds since 1970; 0 if there was none."""
         self._number = self._acquire(EXPIRES_AFTER_S if expires_after_s is None else expires_after_s)
         _held[self._holder.id] = self
         self._pool = Pool(1, "reshard-lease")
@@ -254,6 +256,7 @@ class Lease:
             )
             self._wait_for_silence(number, holder, expires_after_s)
         self.was_taken_over = number > 0 and (holder is None or not holder.released)
+        self.previous_time = 0.0 if holder is None else holder.time
         self._holder = replace(self._holder, time=time.time())
         try:
             self._write(number + 1, self._holder, overwrite=False)

@@ -43,7 +43,7 @@ from ..writing.checkpoint_writer import SaveOptions
 from .calls import News, RestoreCall, SaveCall, SaveOrder, checked_candidates, checked_order
 from .lease import Lease, LeaseMark, last_mark
 from .manager_threads import ManagerThreads, wait_for_dropped
-from .mirror import MirrorCopier, remove_own_leftovers, remove_own_objects
+from .mirror import MirrorCopier, remove_local_leftovers, remove_local_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
 from .requested_saves import SAVE, STOP, RequestedSaves, StopSignals, checked_signals
 from .restoring import restore_latest
@@ -197,17 +197,22 @@ class CheckpointManager:
         def find() -> LeaseMark | None:
             return last_mark(open_store(self._root, self._storage_options))
 
+        def sees(mark: LeaseMark) -> list[bool]:
+            return on_all_ranks(lambda: mark.is_in(open_store(self._root, self._storage_options)), self._group)
+
         mark = on_rank_0(find if self._read_only else take_both, self._group)
         if mark is None:  # no manager has saved here
             return True
-        sees = on_all_ranks(lambda: mark.is_in(open_store(self._root, self._storage_options)), self._group)
+        seen = sees(mark)
+        if self._read_only and not all(seen):  # a manager may have taken the lease over at this moment
+            seen = sees(on_rank_0(find, self._group) or mark)
         is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
-        if not all(sees) and (self._mirror is None or not is_local):
+        if not all(seen) and (self._mirror is None or not is_local):
             raise ArgumentError(
-                f"rank {sees.index(False)} does not see what rank 0 {'sees at' if self._read_only else 'writes to'} "
+                f"rank {seen.index(False)} does not see what rank 0 {'sees at' if self._read_only else 'writes to'} "
                 f"{self._root}: all ranks must save to one shared location, or copy what they save to one: pass mirror="
             )
-        return all(sees)
+        return all(seen)
 
     def _open_mirror(self) -> MirrorCopier | None:
         if self._mirror is None or self._read_only:
@@ -235,7 +240,7 @@ class CheckpointManager:
         saved, folders = on_rank_0(open_run, self._group)
         if not self._is_shared and self._rank:
             try:
-                remove_own_leftovers(self._root, folders, self._rank, self._world)
+                remove_local_leftovers(self._root, folders)
             except CheckpointError as error:  # of this rank only
                 logger.warning("old data in %s could not be removed: %s", masked(self._root), error)
         return saved
@@ -243,10 +248,6 @@ class CheckpointManager:
     @property
     def _rank(self) -> int:
         return rank_of(self._group)
-
-    @property
-    def _world(self) -> int:
-        return dist.get_world_size(self._group) if is_distributed() else 1
 
     @property
     def root(self) -> str:
@@ -533,7 +534,8 @@ class CheckpointManager:
         if self._controller is not None:
             self._controller.root.forget_removed(news.removed)  # all ranks know of them now
         if not self._is_shared and self._rank:
-            remove_own_objects(self._root, news.removed, self._rank, self._world)
+            # No rank writes before all ranks have come here, so the folders have nothing new.
+            remove_local_objects(self._root, news.removed)
 
     def _visible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates that all ranks see: some may be on a local disk. Collective with a mirror."""

@@ -46,23 +46,25 @@ CONCURRENT_COPIES = 2
 """How many objects a rank copies at once. A writer holds up to 80 MB of each in memory."""
 
 
+ANY = -1
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointCopy:
     """A checkpoint to copy."""
 
     folder: str
-    objects: Sequence[tuple[str, int]]
-    """The names and sizes of its data objects."""
-    by_number: bool = True
-    """Whether each rank copies the objects of its number. Otherwise it copies all that it sees."""
+    objects: Sequence[tuple[str, int, int]]
+    """The name, the size and the rank that copies each object. If the rank is ANY, nobody copies it, and all ranks say
+    whether they see it."""
 
     def to_json(self) -> str:
-        return json.dumps([self.folder, list(self.objects), self.by_number])
+        return json.dumps([self.folder, list(self.objects)])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CheckpointCopy:
-        folder, objects, by_number = json.loads(text)
-        return cls(folder, [(name, nbytes) for name, nbytes in objects], by_number)
+        folder, objects = json.loads(text)
+        return cls(folder, [(name, nbytes, rank) for name, nbytes, rank in objects])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class _OwnCopy:
     problem: str = ""
     """Why it failed."""
     lacking: Sequence[str] = ()
-    """Objects that it should copy and does not see."""
+    """Objects that it should copy, or look for, and does not see."""
     is_out_of_reach: bool = False
     """See `CopyResult`."""
 
@@ -210,21 +212,35 @@ class MirrorCopier:
         if manifest is None:
             return CopyResult(problem="it was removed")
         data, objects = manifest.contents(), list(manifest.objects)
-        copied = self._copy_on_all_ranks(CheckpointCopy(folder, objects))
-        lacking = {name for one in copied for name in one.lacking}
-        if lacking and self._world > 1:
-            # Other ranks may be on the machines that have them, if the number of ranks has changed since the save.
-            left = CheckpointCopy(folder, [found for found in objects if found[0] in lacking], by_number=False)
-            again = self._copy_on_all_ranks(left)
-            lacking.intersection_update(*(one.lacking for one in again))
-            copied += again
+        by_number = [(name, nbytes, (rank_of_object(name) or 0) % self._world) for name, nbytes in objects]
+        copied = self._copy_on_all_ranks(CheckpointCopy(folder, by_number))
         problems = [one.problem for one in copied if one.problem]
-        if lacking:
-            problems.append(f"no rank has {quoted(sorted(lacking))}")
+        lacking = {name for one in copied for name in one.lacking}
+        if lacking and not problems:
+            problems = self._copy_from_other_ranks(folder, [found for found in objects if found[0] in lacking])
         if problems:
             return CopyResult(problem="; ".join(problems), is_out_of_reach=any(one.is_out_of_reach for one in copied))
         commit(target, data, {name for name, _ in objects}, overwrite=overwrite)
         return CopyResult(is_complete=True)
+
+    def _copy_from_other_ranks(self, folder: str, objects: Sequence[tuple[str, int]]) -> list[str]:
+        """Copy objects that the ranks of their numbers do not see. Return what failed.
+
+        Other ranks may be on the machines that have them, if the ranks have moved since the save.
+        """
+        looked = self._copy_on_all_ranks(CheckpointCopy(folder, [(name, nbytes, ANY) for name, nbytes in objects]))
+        sees = [{name for name, _ in objects}.difference(one.lacking) for one in looked]
+        ranks = {name: next((rank for rank in range(self._world) if name in sees[rank]), ANY) for name, _ in objects}
+        problems = [one.problem for one in looked if one.problem]
+        if lost := [name for name, rank in ranks.items() if rank == ANY]:
+            problems.append(f"no rank has {quoted(lost)}")
+        if not problems:
+            found = self._copy_on_all_ranks(
+                CheckpointCopy(folder, [(name, nbytes, ranks[name]) for name, nbytes in objects])
+            )
+            problems = [one.problem for one in found if one.problem]
+            problems += [f"{quoted(one.lacking)} disappeared" for one in found if one.lacking]
+        return problems
 
     def _copy_on_all_ranks(self, copy: CheckpointCopy) -> list[_OwnCopy]:
         """Copy objects on all ranks, and wait for them. Return what `_copy_own` returned on each of them."""
@@ -266,11 +282,10 @@ class MirrorCopier:
 
     def _copy_own(self, copy: CheckpointCopy) -> _OwnCopy:
         """Copy the objects of this rank."""
-        own = [found for found in copy.objects if not copy.by_number or self._has_number_of(found[0])]
         try:
             source, target = self._source(copy.folder), self._target(copy.folder)
-            lacking = [name for name, _ in own if not exists(source, name)]
-            own = [found for found in own if found[0] not in lacking]
+            lacking = [name for name, _, rank in copy.objects if rank in (self._rank, ANY) and not exists(source, name)]
+            own = [(name, nbytes) for name, nbytes, rank in copy.objects if rank == self._rank and name not in lacking]
             _check_undamaged(source, [name for name, _ in own])
             with Pool(CONCURRENT_COPIES, "reshard-copy") as pool:
                 for _ in pool.map(lambda item: copy_object(source, target, *item), own):
@@ -280,10 +295,6 @@ class MirrorCopier:
         except Exception as error:
             return _OwnCopy(f"rank {self._rank}: {type(error).__name__}: {error}")
         return _OwnCopy(lacking=lacking)
-
-    def _has_number_of(self, name: str) -> bool:
-        """Return whether this rank wrote an object. Those of ranks that no longer exist are divided among all."""
-        return (rank_of_object(name) or 0) % self._world == self._rank
 
     def _is_out_of_reach(self, error: Exception) -> bool:
         """Return whether an error says that the mirror, and not the root, does not answer or refuses access."""
@@ -337,18 +348,12 @@ def copy_object(source: Store, target: Store, name: str, nbytes: int) -> None:
     retried(write)  # an object that is being written cannot be continued after a failure
 
 
-def remove_own_objects(root: str, folders: Iterable[str], rank: int, world: int) -> None:
-    """Remove what a rank wrote to folders on a disk of its machine, after rank 0 has removed the checkpoints.
-
-    What ranks wrote that no longer exist is removed, too.
-
-    Args:
-        world: the number of ranks.
-    """
+def remove_local_objects(root: str, folders: Iterable[str]) -> None:
+    """Remove the data objects of folders on a disk of this machine, after rank 0 has removed the checkpoints."""
     for folder in folders:
         store = _open(root, None, folder)
         try:
-            store.delete([name for name in store.list() if _is_left_to(rank, world, name)])
+            store.delete([name for name in store.list() if rank_of_object(name) is not None])
         except CheckpointError as error:
             logger.warning("objects of a checkpoint that was removed remain in %s: %s", store.location, error)
         if isinstance(store, LocalStore):
@@ -356,31 +361,26 @@ def remove_own_objects(root: str, folders: Iterable[str], rank: int, world: int)
             store.delete_if_empty()
 
 
-def _is_left_to(rank: int, world: int, name: str) -> bool:
-    """Return whether a rank wrote an object, or a rank that no longer exists."""
-    owner = rank_of_object(name)
-    return owner is not None and (owner == rank or owner >= world)
-
-
-def remove_own_leftovers(root: str, known: Iterable[str], rank: int, world: int) -> None:
-    """Remove what a rank wrote to a disk of its machine a day ago or earlier, in folders that rank 0 does not know.
+def remove_local_leftovers(root: str, known: Iterable[str]) -> None:
+    """Remove data objects that are a day old from a disk of this machine, in folders that rank 0 does not know.
 
     Rank 0 may have ended before it could tell this rank what it had removed.
 
     Args:
         root: the root of the run.
         known: the folders of all checkpoints that rank 0 sees.
-        rank, world: see `remove_own_objects`.
     """
     store = open_store(root)
-    own: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for name in store.list():
         folder = name.partition("/")[0]
-        if _is_left_to(rank, world, name) and STEP_FOLDER.fullmatch(folder):
-            own.setdefault(folder, []).append(name)
+        if rank_of_object(name) is not None and STEP_FOLDER.fullmatch(folder):
+            found.setdefault(folder, []).append(name)
+    for folder in known:
+        found.pop(folder, None)
     begin = time.time() - LEFTOVERS_KEPT_S
-    old = [folder for folder in own.keys() - set(known) if all(store.modified(name) < begin for name in own[folder])]
-    remove_own_objects(root, sorted(old), rank, world)
+    old = [folder for folder, names in found.items() if all(store.modified(name) < begin for name in names)]
+    remove_local_objects(root, sorted(old))
 
 
 def _open(root: str, storage_options: Mapping[str, Any] | None, folder: str) -> Store:

@@ -1,8 +1,8 @@
 """The checkpoints of one run: where each step is stored, and which of them belong to the current branch of training.
 
 A run that continues from an earlier step leaves checkpoints of later steps behind. They belong to an abandoned branch.
-Each checkpoint stores its own sequence number and that of the checkpoint before it. So the checkpoints alone show which
-of them are abandoned: those that cannot be reached from the last save.
+Each checkpoint stores its own sequence number, that of the checkpoint before it, and those of its ancestors. So the
+checkpoints alone show which of them are abandoned: those that are not ancestors of the last save.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,43 @@ METRICS = "metrics"
 STEP_FOLDER = re.compile(r"step-([0-9]{1,64})")
 
 
+MAX_ANCESTORS = 256
+"""How many ancestors a checkpoint lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestors:
+    """The checkpoints that training came through before a save."""
+
+    numbers: tuple[int, ...] = ()
+    """The sequence numbers of the last ones, ascending. They may have been removed since."""
+    since: int = 0
+    """No other number from this one on is of an ancestor."""
+
+    def may_include(self, sequence: int) -> bool:
+        """Return whether the checkpoint with this number is an ancestor, or may be one because it is too old."""
+        return sequence < self.since or sequence in self.numbers
+
+    @classmethod
+    def after(cls, current: Sequence[RunEntry]) -> Ancestors:
+        """Return the ancestors of the next save.
+
+        Args:
+            current: the checkpoints of the branch, in the order of steps.
+        """
+        numbered = [entry for entry in current if entry.sequence >= 0]
+        if not numbered:
+            return cls()
+        last = numbered[-1]
+        if last.ancestors is None:  # an older version saved it
+            return cls((last.sequence,), last.sequence)
+        known = {entry.sequence for entry in numbered if entry.sequence >= last.ancestors.since}
+        numbers = sorted({*last.ancestors.numbers, *known})
+        if len(numbers) <= MAX_ANCESTORS:
+            return cls(tuple(numbers), last.ancestors.since)
+        return cls(tuple(numbers[-MAX_ANCESTORS:]), numbers[-MAX_ANCESTORS])
+
+
 @dataclass(frozen=True, slots=True)
 class RunEntry:
     """A checkpoint of a run."""
@@ -54,6 +91,8 @@ class RunEntry:
     """Why it cannot be opened. It can be sent to other ranks."""
     parent: int | None = None
     """The sequence number of the checkpoint before it; -1 if it is the first, or None if this is not known."""
+    ancestors: Ancestors | None = None
+    """None if this is not known."""
     is_partial: bool = False
     """Whether some of its objects are on the disks of other machines, which only their ranks see."""
 
@@ -87,7 +126,7 @@ def find_entries(
     Raises:
         StoreError, UnsupportedURIError: the location cannot be listed.
     """
-    entries = _unreadable_entries(root, storage_options)
+    entries = []
     for found in find_checkpoints(root, storage_options):
         folder = folder_below(root, found.uri)
         step = STEP_FOLDER.fullmatch(folder)
@@ -95,7 +134,7 @@ def find_entries(
             entry = _entry(found, folder, int(step[1]))
             has_manifest = entry.is_native and entry.error is None and entry.is_committed
             entries.append(entry if is_shared or not has_manifest else replace(entry, problem="", is_partial=True))
-    return entries
+    return [*entries, *_unreadable_entries(root, storage_options)]
 
 
 def _unreadable_entries(root: str, storage_options: Mapping[str, Any] | None) -> list[RunEntry]:
@@ -103,7 +142,7 @@ def _unreadable_entries(root: str, storage_options: Mapping[str, Any] | None) ->
     store = open_store(root, storage_options)
     entries = []
     if isinstance(store, LocalStore):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # then `find_checkpoints` has raised an error
             for folder in filter(STEP_FOLDER.fullmatch, os.listdir(store.location)):
                 try:
                     next(iter(open_store(join_location(root, folder), storage_options).list()), None)
@@ -131,7 +170,15 @@ def _entry(found: FoundCheckpoint, folder: str, step: int) -> RunEntry:
         is_native=found.format == "reshard",
         error=None if found.error is None else portable(found.error),
         parent=parent,
+        ancestors=_ancestors(managed.get("ancestors")),
     )
+
+
+def _ancestors(stored: object) -> Ancestors | None:
+    """Return the ancestors that the metadata of a checkpoint has. None if they cannot be understood."""
+    if not isinstance(stored, list) or not stored or any(type(number) is not int for number in stored):
+        return None
+    return Ancestors(tuple(stored[1:]), stored[0])
 
 
 def metadata_of(entry: RunEntry, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -143,7 +190,10 @@ def metadata_of(entry: RunEntry, metadata: Mapping[str, Any] | None) -> dict[str
     for key in (METRICS, MANAGED):
         if metadata and key in metadata:
             raise ArgumentError(f"metadata has the key {key!r}, which the CheckpointManager uses: use another key")
-    managed = {"sequence": entry.sequence, "parent": entry.parent, "time": entry.saved.time.isoformat()}
+    managed: dict[str, Any] = {"sequence": entry.sequence, "parent": entry.parent}
+    managed["time"] = entry.saved.time.isoformat()
+    if entry.ancestors is not None:
+        managed["ancestors"] = [entry.ancestors.since, *entry.ancestors.numbers]
     metrics = {METRICS: dict(entry.saved.metrics)} if entry.saved.metrics else {}
     return {**(metadata or {}), **metrics, MANAGED: managed}
 
@@ -151,16 +201,19 @@ def metadata_of(entry: RunEntry, metadata: Mapping[str, Any] | None) -> dict[str
 def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
     """Return the complete checkpoints that are not abandoned, in the order of steps.
 
-    The last save is on the branch, and so is each checkpoint from which training continued. An incomplete checkpoint,
-    too, shows that training went back to an earlier step.
+    The last save is on the branch, and so are its ancestors. An incomplete checkpoint, too, shows that training went
+    back to an earlier step.
     """
     found: list[RunEntry] = []
     last = before = math.inf
+    ancestors: Ancestors | None = None
     known = [entry for entry in entries if entry.is_complete or entry.sequence >= 0]
     for entry in sorted(known, key=lambda e: (e.sequence, e.step, e.is_complete, e.is_native), reverse=True):
-        if entry.step < last and entry.sequence <= before:
+        is_ancestor = ancestors is None or ancestors.may_include(entry.sequence)
+        if entry.step < last and entry.sequence <= before and is_ancestor:
             last = entry.step
             before = before if entry.parent is None else entry.parent
+            ancestors = ancestors or entry.ancestors
             if entry.is_complete:
                 found.append(entry)
     return found[::-1]

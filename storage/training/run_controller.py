@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,10 +14,13 @@ from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
 from .mirror import CopyResult, MirrorCopier
 from .policies import SavedStep
-from .run_catalog import RunEntry, branch, next_sequence, step_folder
+from .run_catalog import Ancestors, RunEntry, branch, next_sequence, step_folder
 from .run_location import Rewind, RunLocation
 
 logger = logger_of(__name__)
+TAKEOVER_MS = 60_000
+"""How far the numbers of a new manager are above the time at which the one before it last renewed its lease. This one
+notices within half of that time that it has lost the lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,9 @@ class RunController:
         """Folders that could not be copied to the mirror, and why."""
         self._reading: list[Candidate] = []
         self._first_sequence = 0
-        if root.was_taken_over:  # its manager may have begun a save with the next number
-            self._first_sequence = 1 + self._next_sequence()
+        """The next save gets at least this number."""
+        if root.was_taken_over:  # its manager may still commit a save, with a number of its own clock
+            self._first_sequence = max(self._next_sequence(), int(root.taken_over_at * 1000)) + TAKEOVER_MS
         self._pool = Pool(1, "reshard-manager")
 
     def begin(self) -> None:
@@ -128,12 +133,16 @@ class RunController:
             self._next_sequence(),
             step_folder(step),
             parent=max((entry.sequence for entry in current if entry.step < step), default=-1),
+            ancestors=Ancestors.after([entry for entry in current if entry.step < step]),
             is_partial=not self.root.is_shared,
         )
         is_skipped = is_saved and not force
         if not is_skipped:
-            for location in self._locations:
-                location.protect([entry.folder])
+            with ExitStack() as on_failure:  # `protect` may be interrupted while it waits
+                for location in self._locations:
+                    location.protect([entry.folder])
+                    on_failure.callback(location.unprotect, [entry.folder])
+                on_failure.pop_all()
         return SaveDecision(entry, is_skipped, overwrite)
 
     def end_save(self, entry: RunEntry, *, is_committed: bool) -> None:
@@ -244,8 +253,9 @@ class RunController:
     def rewind(self, to: RunEntry) -> None:
         """Continue from a checkpoint: abandon those that were saved after it."""
         self._own_steps.add(to.step)
+        self._first_sequence = self._next_sequence()  # the clock may go back before the next save
         for location in self._locations:
-            location.rewind(Rewind(to.step, to.sequence, self._next_sequence()))
+            location.rewind(Rewind(to.step, to.sequence, self._first_sequence))
 
     def _next_sequence(self) -> int:
         known = next_sequence(entry for location in self._locations for entry in location.entries())
@@ -259,7 +269,7 @@ class RunController:
         if self._mirror is None or self._copier is None:
             return
         try:
-            kept = self.root.kept()
+            kept = self.root.kept_of_run()
         except Exception as error:
             logger.error("a policy failed, so nothing is copied: %s: %s", type(error).__name__, error)
             return
@@ -283,7 +293,7 @@ class RunController:
         """Return whether a checkpoint is still kept. Raises RunInUseError if another manager has the mirror."""
         assert self._mirror is not None
         self._mirror.check_lease()
-        return any(kept.key == entry.key for kept in self.root.kept())
+        return any(kept.key == entry.key for kept in self.root.kept_of_run())
 
     def _end_copy(self, entry: RunEntry, result: CopyResult) -> None:
         assert self._mirror is not None

@@ -157,19 +157,39 @@ class RunLocation:
         """Return the checkpoints that are complete, not abandoned, and kept by a policy, in the order of steps."""
         return self._kept_of(self.current())
 
+    def kept_of_run(self) -> list[RunEntry]:
+        """Return the checkpoints at this location that a policy keeps among those of the whole run."""
+        current = self.current()
+        of_run = self._branch_with(current)
+        kept = {entry.key for entry in self._kept_by_policies(of_run)}
+        return [entry for entry in current if entry.is_complete and entry.key in kept]
+
     def _kept_of(self, current: Sequence[RunEntry]) -> list[RunEntry]:
-        # The twin shows which checkpoints are abandoned: training may have continued on another machine.
-        on_branch = {entry.key for entry in branch([*current, *(self.twin.current() if self.twin else ())])}
-        found = branch(entry for entry in current if entry.key in on_branch)
+        on_branch = {entry.key for entry in self._branch_with(current)}
+        return self._kept_by_policies(branch(entry for entry in current if entry.key in on_branch))
+
+    def _branch_with(self, current: Sequence[RunEntry]) -> list[RunEntry]:
+        """Return the branch of the whole run, of which some checkpoints are here.
+
+        The twin shows which of them are abandoned: training may have continued on another machine.
+        """
+        return branch([*current, *(self.twin.current() if self.twin else ())])
+
+    def _kept_by_policies(self, entries: list[RunEntry]) -> list[RunEntry]:
         if self._policies is None:
-            return found
-        steps = kept_steps(self._policies, [entry.saved for entry in found])
-        return [entry for entry in found if entry.step in steps]
+            return entries
+        steps = kept_steps(self._policies, [entry.saved for entry in entries])
+        return [entry for entry in entries if entry.step in steps]
 
     @property
     def was_taken_over(self) -> bool:
         """Whether the previous manager has not released its lease, and may still run."""
         return self._lease is not None and self._lease.was_taken_over
+
+    @property
+    def taken_over_at(self) -> float:
+        """When the previous manager last renewed its lease, by its clock, in seconds since 1970."""
+        return 0.0 if self._lease is None else self._lease.previous_time
 
     def check_lease(self) -> None:
         """Raise RunInUseError if another manager has taken over this location."""

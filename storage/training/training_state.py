@@ -311,6 +311,7 @@ def _create_states(
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps the method of the class in one that calls the hooks
         step = step.__wrapped__
+    is_of_torch = step.__module__.startswith("torch.optim.")
     optimizers = _with_inner(optimizer)
     zeros = _sparse_zeros if isinstance(optimizer, torch.optim.SparseAdam) else torch.zeros_like
     with contextlib.ExitStack() as stack:
@@ -319,7 +320,7 @@ def _create_states(
             stack.enter_context(_without_hooks(one))
             # Weight decay would be added to the momentum of SGD, and an eps of 0 would lead to NaN.
             stack.enter_context(_with_settings(one, lr=0.0, weight_decay=0.0, eps=1.0))
-        if not step.__module__.startswith("torch.optim."):
+        if not is_of_torch:
             for one in optimizers[1:]:
                 if one.state is not optimizer.state:
                     _restore_later(one.state, until_read, {})
@@ -335,10 +336,10 @@ def _create_states(
                 f"been updated yet, such as {names[id(parameters[0])]!r}: {reason(error)}. Make a step in which they "
                 "have gradients. If they never have any, freeze them, or leave them out of the optimizer"
             ) from error
-    for one in optimizers:
+    for one in optimizers[:1] if is_of_torch else optimizers:  # torch's step uses no other optimizer
         for parameter in parameters:
-            if isinstance(step := one.state.get(parameter, {}).get("step"), torch.Tensor):
-                step.zero_()
+            if isinstance(count := one.state.get(parameter, {}).get("step"), torch.Tensor):
+                count.zero_()
 
 
 def _sparse_zeros(parameter: torch.Tensor) -> torch.Tensor:
