@@ -218,7 +218,7 @@ def _find_repeated(
         is_same = overlap.is_same and type(all_destinations[first]) is type(all_destinations[second])
         if second < len(wants):
             names = wants[first].name, wants[second].name
-            if is_same and (names[0] == names[1] or comparison.are_equal(wants[first], wants[second])):
+            if is_same and comparison.are_equal(wants[first], wants[second]):
                 repeated.add(second)
                 continue
         elif first < len(wants):

@@ -248,3 +248,17 @@ def load_on_one_rank(folder: str) -> tuple[Any, Any]:
 def test_ranks_with_different_objects(ranks: RankPool, tmp_path: Path) -> None:
     saved = repr({"a": 5, "b": 6})
     assert ranks.run(2, load_on_one_rank, str(tmp_path)) == [("None", saved), (saved, "{}")]
+
+
+def test_lacking_values_fit_the_budget_together_and_beside_the_needed_ones(tmp_path: Path) -> None:
+    """Each of them fits, but not all of them."""
+    text = "x" * 3000
+    reshard.save({"p": Part({"a": 1, "b": text, "c": text}), "q": 0}, tmp_path / "c")
+    part = Part({"a": 0})
+    report = reshard.load({"p": part, "q": 0}, tmp_path / "c", budget_bytes=5000)
+    assert report.unexpected_keys == ("p.v.c",)
+    assert part.loaded == {"a": 1, "b": text}
+    reshard.save({"p": Part({"a": text, "b": text})}, tmp_path / "d")
+    part = Part({"a": ""})
+    assert reshard.load({"p": part}, tmp_path / "d", budget_bytes=5000).unexpected_keys == ("p.v.b",)
+    assert part.loaded == {"a": text}

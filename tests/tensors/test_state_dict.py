@@ -6,7 +6,15 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from reshard.storage.errors import CorruptCheckpointError, DestinationError, UnsupportedValueError
-from reshard.storage.tensors.state_dict import Key, flatten, nest, path_from_json, path_to_json, renamed_path
+from reshard.storage.tensors.state_dict import (
+    Key,
+    flatten,
+    nest,
+    path_from_json,
+    path_to_json,
+    renamed_path,
+    separate_scalars,
+)
 
 
 def test_names_match_those_of_dcp() -> None:
@@ -125,3 +133,19 @@ def test_partial_list_becomes_a_dict_by_position() -> None:
 def test_contradictory_paths_raise_corrupt_error(paths: dict[str, Any]) -> None:
     with pytest.raises(CorruptCheckpointError, match="cannot be at"):
         nest({"a": {"y": 1}, "b": 2}, paths)
+
+
+def test_scalars_of_other_values_keep_their_tensors() -> None:
+    """A scalar that the caller also holds keeps its memory; the copy goes to the Stateful value, whatever the order."""
+    lr = torch.tensor(0.1)
+    for states in ({"s": {"lr": lr}, "own": lr}, {"own": lr, "s": {"lr": lr}}):
+        found = separate_scalars(states, ["s"])
+        assert found["own"] is lr
+        assert found["s"]["lr"].data_ptr() != lr.data_ptr()
+        assert found["s"]["lr"] == lr
+
+
+def test_the_callers_own_scalars_may_share_memory() -> None:
+    lr = torch.tensor(0.1)
+    states = {"a": lr, "b": lr, "s": {"x": 1}}
+    assert separate_scalars(states, ["s"]) is states
