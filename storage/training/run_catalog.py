@@ -220,7 +220,8 @@ def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
 
 
 def next_sequence(entries: Iterable[RunEntry]) -> int:
-    """Return the sequence number of the next save: the time in milliseconds, or one more than the last number.
+    """Return the sequence number of the next save: the time in milliseconds, or one more than the last number if that
+    is larger.
 
     Two machines that continue from one checkpoint, without knowing each other, then use different numbers.
     """

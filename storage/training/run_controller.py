@@ -18,9 +18,9 @@ from .run_catalog import Ancestors, RunEntry, branch, next_sequence, step_folder
 from .run_location import Rewind, RunLocation
 
 logger = logger_of(__name__)
-TAKEOVER_MS = 60_000
+TAKEOVER_MS = 120_000
 """How far the numbers of a new manager are above the time at which the one before it last renewed its lease. This one
-notices within half of that time that it has lost the lease."""
+notices within 30 s that it has lost the lease."""
 
 
 @dataclass(frozen=True, slots=True)

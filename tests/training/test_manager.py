@@ -32,8 +32,10 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.training import manager_threads, run_location
-from reshard.storage.training.run_catalog import find_entries
+from reshard.storage.training import lease as lease_module
+from reshard.storage.training import manager_threads, run_catalog, run_location
+from reshard.storage.training.lease import Lease
+from reshard.storage.training.run_catalog import find_entries, metadata_of
 from tests.ranks import RankFailed, RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -974,8 +976,17 @@ def test_ranks_learn_of_a_removal_from_the_folder_of_their_save(
         with location._changed:
             location._removing = "step-00000003"
 
+        waiting = location._changed.wait_for
+        is_waiting = threading.Event()
+
+        def wait_for(predicate: Any) -> Any:
+            is_waiting.set()
+            return waiting(predicate)
+
+        monkeypatch.setattr(location._changed, "wait_for", wait_for)
+
         def end_removal() -> None:
-            time.sleep(0.2)
+            assert is_waiting.wait(60)
             with location._changed:
                 location._removed.append("step-00000003")
                 location._removing = None
@@ -1012,6 +1023,117 @@ def test_a_call_that_fails_on_another_rank_protects_no_folder(tmp_path: Path, mo
         assert not manager._controller.root._protected  # type: ignore[union-attr]
         train(manager, [2])
         assert manager.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("shift", [-3600, 3600])
+def test_a_clock_that_is_corrected_abandons_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    clock = time.time
+    with manager_of(tmp_path, keep=[reshard.latest(3)]) as manager:
+        train(manager, [10])
+    with manager_of(tmp_path, keep=[reshard.latest(3)]) as manager:
+        assert manager.restore(state(0)) == 10
+        monkeypatch.setattr(time, "time", lambda: clock() + shift)
+        assert train(manager, [20, 30]) == [20, 30]
+        assert train(manager, [20, 30]) == []
+        assert manager.steps() == [10, 20, 30]
+        monkeypatch.undo()
+        train(manager, [40])
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [20, 30, 40]
+
+
+def test_a_save_that_the_previous_manager_still_commits_is_on_no_branch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of its machine is ahead."""
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 90)
+    old = manager_of(tmp_path)
+    train(old, [10])
+    decision = old._controller.begin_save(20, {}, force=False)  # type: ignore[union-attr]
+    monkeypatch.undo()
+    monkeypatch.setattr(lease_module, "_held", {})
+    monkeypatch.setattr(Lease, "_has_released", lambda self, holder: True)
+    with manager_of(tmp_path) as new:
+        assert new.restore(state(0)) == 10
+        train(new, [15, 25])
+        reshard.save(state(20), old.location(20), metadata=metadata_of(decision.entry, None))
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [10, 15, 25]
+    old._end()
+
+
+def test_ancestors_of_a_long_run_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_catalog, "MAX_ANCESTORS", 3)
+    with manager_of(tmp_path) as manager:
+        train(manager, range(1, 8))
+    stored = reshard.open(tmp_path / "step-00000007").metadata["manager"]
+    numbers = [reshard.open(tmp_path / f"step-0000000{step}").metadata["manager"]["sequence"] for step in range(1, 7)]
+    assert stored["ancestors"] == [numbers[3], *numbers[3:]]
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [*range(1, 8)]
+        assert manager.restore(state(0), step=5) == 5
+        train(manager, [6])
+        assert manager.steps() == [*range(1, 7)]
+
+
+def test_a_run_of_an_older_version_is_continued(tmp_path: Path) -> None:
+    """It has small numbers, and lists no ancestors."""
+    for number, step in enumerate((1, 2, 3)):
+        managed = {"sequence": number, "parent": number - 1, "time": f"2026-01-0{step}T00:00:00+00:00"}
+        reshard.save(state(step), tmp_path / f"step-0000000{step}", metadata={"manager": managed})
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [1, 2, 3]
+        assert manager.restore(state(0), step=2) == 2
+        train(manager, [4])
+        assert manager.steps() == [1, 2, 4]
+    with manager_of(tmp_path, keep=[reshard.latest(2)]) as manager:
+        assert manager.steps() == [1, 2, 4]
+        train(manager, [5])
+        manager.wait()
+        assert manager.steps() == [4, 5]
+
+
+def test_an_interrupt_while_a_removal_is_awaited_protects_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with manager_of(tmp_path / "run", mirror=tmp_path / "mirror") as manager:
+        train(manager, [1])
+        manager.wait()
+        controller: Any = manager._controller
+        root, mirror = controller._locations
+
+        def interrupt(folders: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror, "protect", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(manager, [2])
+        assert not root._protected
+        train(manager, [2])
+        assert manager.steps() == [1, 2]
+
+
+def test_a_root_that_may_not_be_listed_is_an_access_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+    scandir = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if str(path) == str(tmp_path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    def refuse_list(path: Any = ".") -> list[str]:
+        return [entry.name for entry in refuse(path)]
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse_list)
+    with pytest.raises(errors.AccessDeniedError, match="no permission to list"):
+        manager_of(tmp_path, read_only=True)
 
 
 def test_a_checkpoint_that_is_added_while_the_run_is_listed_stays_known(

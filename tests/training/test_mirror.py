@@ -283,6 +283,80 @@ def test_two_machines_that_continue_from_one_step_do_not_mix_their_checkpoints(t
     assert [value_of(tmp_path / "mirror", step) for step in steps] == [100 + step for step in steps]
 
 
+@pytest.mark.parametrize("keeps_best", [False, True])
+def test_checkpoints_of_two_machines_are_not_mixed_after_some_were_removed(tmp_path: Path, keeps_best: bool) -> None:
+    """The checkpoint before a save may have been removed, and an abandoned one has a smaller number than that."""
+    best = [reshard.best("loss", 1, mode="min")]
+
+    def manager_on(disk: str, **options: Any) -> reshard.CheckpointManager:
+        keep = [reshard.latest(1), *(best if keeps_best else [])]
+        defaults = {"mirror": tmp_path / "mirror", "asynchronous": False, "signals": (), "keep": keep}
+        return reshard.CheckpointManager(tmp_path / disk, **{**defaults, **options})
+
+    with manager_on("a") as manager:
+        manager.save(10, state(10), {"loss": 9.0})
+    with manager_on("a", mirror=None, keep=None) as manager:
+        assert manager.restore(state(0)) == 10
+        manager.save(20, state(20), {"loss": 0.1})
+        manager.save(30, state(30), {"loss": 0.2})
+    with manager_on("b") as manager:
+        assert manager.restore(state(0)) == 10
+        for step, loss in ((20, 3.0), (30, 2.0), (40, 2.5)):
+            manager.save(step, state(100 + step), {"loss": loss})
+        manager.wait()
+    kept = [30, 40] if keeps_best else [40]
+    assert steps_in(tmp_path / "mirror") == kept
+    with manager_on("a", keep=[reshard.latest(1), *best]) as manager:
+        manager.wait()
+        assert set(manager.steps()) - {10} == set(kept)  # 10 is on its disk, too
+        assert manager.restore(loaded := state(0)) == 40
+        assert loaded["w"].eq(140).all()
+        manager.save(50, state(150), {"loss": 4.0})
+    assert set(steps_in(tmp_path / "mirror")) - {40} == {*kept[:-1], 50}
+    assert all(value_of(tmp_path / "mirror", step) == 100 + step for step in steps_in(tmp_path / "mirror"))
+
+
+def test_ancestors_that_only_the_mirror_has_are_kept(tmp_path: Path) -> None:
+    """A manager without the mirror does not see them, and saves."""
+    keep = [reshard.latest(1), reshard.every(10)]
+    with manager_of(tmp_path, keep=keep) as manager:
+        train(manager, [10, 11])
+    shutil.rmtree(tmp_path / "root" / "step-00000010")
+    for steps in ([12], [13]):
+        with manager_of(tmp_path, keep=keep, mirror=None) as manager:
+            assert restored(manager) == steps[0] - 1
+            train(manager, steps)
+            manager.wait()
+    with manager_of(tmp_path, keep=keep) as manager:
+        assert manager.steps() == [10, 11, 13]
+        train(manager, [14])
+    assert steps_in(tmp_path / "mirror") == [10, 14]
+
+
+def test_what_the_mirror_would_not_keep_is_not_copied_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = [reshard.latest(1), reshard.best("loss", 1, mode="min")]
+    copied: list[str] = []
+    copying = mirror_module.copy_object
+
+    def count(source: Any, target: Any, name: str, nbytes: int) -> None:
+        copied.append(Path(target.location).name)
+        copying(source, target, name, nbytes)
+
+    with manager_of(tmp_path, keep=keep) as manager:
+        manager.save(1, state(1), {"loss": 0.1})
+    shutil.rmtree(tmp_path / "root")
+    monkeypatch.setattr(mirror_module, "copy_object", count)
+    with manager_of(tmp_path, keep=keep) as manager:
+        assert restored(manager) == 1
+        for step in range(2, 7):
+            manager.save(step, state(step), {"loss": float(step)})
+            manager.wait()
+    assert sorted(copied) == sorted(set(copied))
+    assert steps_in(tmp_path / "mirror") == [1, 6]
+
+
 def test_retention_removes_an_abandoned_branch_and_nothing_of_the_current_one(tmp_path: Path) -> None:
     def manager_on(disk: str) -> reshard.CheckpointManager:
         keep, mirror = [reshard.latest(3)], tmp_path / "mirror"
@@ -397,6 +471,35 @@ def test_disks_of_the_ranks_need_not_be_shared(ranks: RankPool, tmp_path: Path, 
     assert steps_in(tmp_path / "mirror") == [5, 6]
     results = ranks.run(3, train_on_own_disks, str(tmp_path), asynchronous, 7, 8)
     assert [result[2] for result in results] == [6, 6, 6]
+
+
+def resume_on_moved_ranks(folder: str) -> list[int]:
+    """Ranks 0 and 1 are on the first node, and rank 2 on the second one, where ranks 2 and 3 were."""
+    before = os.getcwd()
+    os.chdir(Path(folder) / f"disk-{dist.get_rank() // 2}")
+    try:
+        keep = [reshard.latest(1)]
+        with reshard.CheckpointManager(
+            "run", mirror=f"{folder}/mirror", asynchronous=False, signals=(), keep=keep
+        ) as manager:
+            manager.wait()
+            copied = steps_in(Path(folder) / "mirror")
+            assert manager.restore(sharded_state(-1)) == 2
+            manager.save(3, sharded_state(3))
+            manager.wait()
+            manager.wait()
+            return copied
+    finally:
+        os.chdir(before)
+
+
+def test_what_ranks_wrote_that_have_moved_is_copied_and_removed(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(4, save_on_nodes, str(tmp_path), 2)
+    assert ranks.run(3, resume_on_moved_ranks, str(tmp_path)) == [[2]] * 3
+    assert steps_in(tmp_path / "mirror") == [3]
+    for node in range(2):
+        left = {path.parent.parent.name for path in (tmp_path / f"disk-{node}").rglob("*.shard")}
+        assert left == {"step-00000003"}
 
 
 @pytest.mark.parametrize("is_lost", [False, True])

@@ -970,6 +970,19 @@ def test_an_optimizer_that_returns_the_states_of_an_inner_one_continues(
         check_equal([found[at][key] for key in values], list(values.values()))
 
 
+def test_a_save_does_not_change_an_optimizer_that_another_one_refers_to(tmp_path: Path) -> None:
+    model = net()
+    warm: Any = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(X).sum().backward()
+        warm.step()
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    optimizer.previous = warm
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    assert [state["step"].item() for state in warm.state.values()] == [3.0] * 4
+    assert not optimizer.state
+
+
 class OfMasters(torch.optim.Optimizer):
     """One that steps optimizers of copies of its parameters, and assigns the results."""
 
@@ -1130,6 +1143,100 @@ def test_metrics_of_transformers_are_those_of_the_saved_weights(
         for step, loss in evaluated.items():
             reshard.load({"model": model.state_dict()}, manager.location(int(step)), strict=False)
             torch.testing.assert_close(model(X[0])["loss"].item(), loss)
+
+
+def trainer_of(manager: reshard.CheckpointManager, evaluated: Any, **arguments: Any) -> Any:
+    import transformers
+
+    from reshard.integrations.transformers import CheckpointCallback
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.net(x).square().mean()}
+
+    settings = transformers.TrainingArguments(
+        "out",
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        label_names=["x"],
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    data: Any = [{"x": X[0]}] * 8  # 4 steps for each epoch
+    callback: Any = CheckpointCallback(manager)
+    return transformers.Trainer(Net(), settings, train_dataset=data, eval_dataset=evaluated, callbacks=[callback])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+def test_metrics_of_the_last_step_and_of_several_evaluations_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data: Any = [{"x": X[0]}] * 2
+    with reshard.CheckpointManager(tmp_path / "run", save_every=3) as manager:
+        evaluated = {"a": data, "b": data}
+        trainer = trainer_of(manager, evaluated, max_steps=6, eval_strategy="epoch", logging_strategy="epoch")
+        trainer.train()
+        manager.wait()
+        assert manager.steps() == [3, 6]
+        assert manager.checkpoints()[0].metrics == {}
+        assert {"eval_a_loss", "eval_b_loss", "loss"} <= manager.checkpoints()[1].metrics.keys()
+        assert "train_runtime" not in manager.checkpoints()[1].metrics
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+def test_a_training_that_was_interrupted_in_an_evaluation_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data: Any = [{"x": X[0]}] * 2
+    with reshard.CheckpointManager(tmp_path / "run", save_every=2) as manager:
+        trainer = trainer_of(manager, data, max_steps=4, eval_strategy="steps", eval_steps=1)
+        evaluate = trainer.evaluate
+
+        def interrupt(*arguments: Any, **options: Any) -> Any:
+            if trainer.state.global_step == 2:
+                raise KeyboardInterrupt
+            return evaluate(*arguments, **options)
+
+        trainer.evaluate = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert manager.steps() == []
+        trainer.evaluate = evaluate
+        trainer.train()
+        manager.wait()
+        assert manager.steps() == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+def test_a_requested_save_of_a_step_that_is_not_due_is_made_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data: Any = [{"x": X[0]}] * 2
+    with reshard.CheckpointManager(tmp_path / "run", save_every=100) as manager:
+        trainer = trainer_of(manager, data, max_steps=50, eval_strategy="steps", eval_steps=1)
+        evaluate = trainer.evaluate
+
+        def request(*arguments: Any, **options: Any) -> Any:
+            if trainer.state.global_step == 2:
+                manager.save_now(stop=True)
+            return evaluate(*arguments, **options)
+
+        trainer.evaluate = request
+        trainer.train()
+        assert manager.steps() == [trainer.state.global_step]
+        assert manager.should_stop
 
 
 @pytest.mark.slow
