@@ -48,7 +48,7 @@ from .reading.opening import (
 )
 from .reading.read_tensors import ReadOptions
 from .reading.shared_read import Offer, SharedRead, check_cooperative
-from .reading.state_dict_load import StateDictLoad
+from .reading.state_dict_load import CheckedLoad, FinishedLoad, PreparedLoad
 from .runtime.arguments import check_nbytes, check_progress
 from .runtime.checksums import checksum
 from .runtime.gc_pauses import gc_disabled
@@ -252,7 +252,9 @@ class _Load:
         self._begin = self._prepared = time.perf_counter()
         self._states: Mapping[str, Any] = {}
         self._matched: _Matched | None = None
-        self._checked: StateDictLoad | None = None
+        self._checked: CheckedLoad | None = None
+        self._ready: PreparedLoad | None = None
+        self._finished: FinishedLoad | None = None
 
     def prepare(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> list[Offer | None]:
         """Open the checkpoint, and compare it with the state dict. Nothing is changed. Collective.
@@ -307,7 +309,7 @@ class _Load:
         def compare() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
             """Return what this rank opened, and the manifest blocks that it needs or, if it needs none, its offer."""
             self._finish_opening(begun)
-            blocks = manifest_blocks_to_read(self._opening.source, self._loading().needs)
+            blocks = manifest_blocks_to_read(self._opening.source, self._check().needs)
             return self._opening.opened, blocks, None if blocks else self._compare()
 
         def read_for_all(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
@@ -338,22 +340,22 @@ class _Load:
             self._matched = _Matched(names, lacking)
         return self._matched
 
-    def _loading(self) -> StateDictLoad:
-        """Return what this rank loads. The first call checks that everything fits the checkpoint."""
+    def _check(self) -> CheckedLoad:
+        """Check that everything fits the checkpoint, unless this has been done."""
         if self._checked is None:
             matched = self._match_names()
             with gc_disabled():
                 matched.lacking.add(matched.received)
-                self._checked = StateDictLoad(matched.names, self._load_options)
+                self._checked = CheckedLoad(matched.names, self._load_options)
         return self._checked
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
-        loading = self._loading()
-        if not loading.is_prepared:
+        checked = self._check()
+        if self._ready is None:
             with gc_disabled():
-                loading.prepare(self._options)
-        return self._shared_read.offer(loading.source, loading.shareable_wants)
+                self._ready = checked.prepare(self._options)
+        return self._shared_read.offer(checked.source, self._ready.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:
         """Decide with the other ranks whether to share the read, and read the tensors and values. Collective."""
@@ -361,13 +363,15 @@ class _Load:
         self._prepared = time.perf_counter()
 
         def run() -> _Done:
-            loading = self._loading()
-            self._meter.location = loading.source.location
+            assert self._ready is not None
+            checked = self._ready.checked
+            self._meter.location = checked.source.location
             with self._meter:
-                report = loading.run(self._options)
+                self._finished = self._ready.run(self._options)
+            report = self._finished.report
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
-            match = loading.match
+            match = checked.match
             return _Done(
                 replace(report, seconds=times),
                 match.unused_patterns,
@@ -383,7 +387,7 @@ class _Load:
         """Put the values that were read into the state dict, and return the report. Collective."""
         unexpected = self._unexpected_keys(done)
         self._replace_values(done)
-        match = self._loading().match
+        match = self._check().match
         unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
         reports = tuple(of_rank.report for of_rank in done)
         report = Report(self._rank, reports, match.missing_keys, unexpected, unused_patterns=tuple(unused))
@@ -392,14 +396,15 @@ class _Load:
                 logger.warning(
                     "nothing was loaded: the state dict of each rank is empty, or `exclude` matches all of its names"
                 )
-            _log(report, self._loading().describe_unexpected_keys(unexpected))
+            _log(report, self._check().describe_unexpected_keys(unexpected))
         return report
 
     def _replace_values(self, done: Sequence[_Done]) -> None:
         """Replace the values of the state dict, and load the states of Stateful values. Collective if there are any."""
 
         def replace_values() -> None:
-            self._loading().replace_values()
+            assert self._finished is not None
+            self._finished.replace_values()
             state_to_stateful(self._state_dict, self._states)
 
         if any(of_rank.has_stateful for of_rank in done):
@@ -409,7 +414,7 @@ class _Load:
 
     def _unexpected_keys(self, done: Sequence[_Done]) -> tuple[str, ...]:
         """Return the names that a rank lacks and no rank has. Collective, unless all ranks lack the same."""
-        match = self._loading().match
+        match = self._check().match
         if len({of_rank.unexpected for of_rank in done}) == 1:
             return match.unexpected_keys
         kinds = [(of_rank.unexpected, of_rank.held) for of_rank in done]  # such as one for each pipeline stage

@@ -1,9 +1,12 @@
-"""Reading a checkpoint into a state dict, in place."""
+"""Reading a checkpoint into a state dict, in place.
+
+A `CheckedLoad` becomes a `PreparedLoad`, and this a `FinishedLoad`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,12 +31,11 @@ from .read_tensors import CheckedBoxes, DecodedTensor, ReadOptions, check_is_ten
 from .value_buffers import ValueBuffer, check_values, decode_all, whole_wants
 
 
-class StateDictLoad:
-    """One rank's read of a checkpoint into its state dict.
+class CheckedLoad:
+    """What one rank loads into its state dict. Creating it checks that everything fits, and changes no tensor.
 
-    Creating it checks that everything fits, and changes nothing. `prepare` reads the metadata of
-    `needs`, and creates the tensors that the state dict does not have. `run` writes to the tensors.
-    `replace_values` replaces the values that are not tensors; call it when all ranks have succeeded.
+    Copies of lazy tensors that have been recorded for its tensors are executed, so that they do not overwrite what is
+    loaded.
 
     Args:
         match: where the names of the state dict are in the checkpoint.
@@ -48,29 +50,30 @@ class StateDictLoad:
         self.source = source = match.source
         check_missing(self.match, options)
         check_optimizers(self.match, options)
-        self._options = options
-        self._casts: dict[str, Cast] = {}
-        self._new_values: list[tuple[Leaf, Any]] = []
-        """Leaves that are not tensors, and their values from the checkpoint."""
+        self.allow_pickle = options.allow_pickle
+        self.casts: dict[str, Cast] = {}
+        """The tensors that are cast to fewer bits, by name."""
         items = [name for _, names in match.containers for name in names]
-        self._value_leaves = [leaf for name, leaf in match.present.items() if not match.entry(name).is_tensor]
-        for leaf in self._value_leaves:
+        self.value_leaves = [leaf for name, leaf in match.present.items() if not match.entry(name).is_tensor]
+        """The leaves whose values are replaced."""
+        for leaf in self.value_leaves:
             check_no_shard(leaf.name, leaf.value)
-        self._value_names = [leaf.name for leaf in self._value_leaves]
-        self._value_names += [name for name in items if not match.entry(name).is_tensor]
+        self.value_names = [leaf.name for leaf in self.value_leaves]
+        """The names of all values to read, also of those that a dict or a list lacks."""
+        self.value_names += [name for name in items if not match.entry(name).is_tensor]
         self._wants, self._destinations = self._find_destinations()
         self._decoded = self._decoded_tensors()
         finish_writes("reshard.load", [*self._destinations, *(value.destination for value in self._decoded)])
         self._item_names = [name for name in items if match.entry(name).is_tensor]
         self._wants += [WantedBox(match.stored_names[name], match.entry(name).whole) for name in self._item_names]
-        stored = [match.stored_names[name] for name in self._value_names]
-        check_values(source, stored, options.budget_bytes)
+        self.stored_values = [match.stored_names[name] for name in self.value_names]
+        """The names of the values in the checkpoint."""
+        check_values(source, self.stored_values, options.budget_bytes)
         self._check_containers()
-        self.needs = [*self._wants, *whole_wants(source, stored)]
+        self.needs = [*self._wants, *whole_wants(source, self.stored_values)]
         """The boxes that this rank reads."""
-        self.is_prepared = False
 
-    def prepare(self, options: ReadOptions) -> None:
+    def prepare(self, options: ReadOptions) -> PreparedLoad:
         """Read the metadata of all boxes, and create new tensors for the items that the state dict does not have.
 
         Args:
@@ -80,40 +83,10 @@ class StateDictLoad:
             CorruptCheckpointError, StoreError, DestinationError: see `reshard.load`.
         """
         self.source.index(self.needs)  # reads and checks all metadata before tensors of these sizes are allocated
-        self._item_tensors = {name: _empty(self.match, name) for name in self._item_names}
-        destinations = [*self._destinations, *self._item_tensors.values()]
-        self._reads = CheckedBoxes.of(self.source, self._wants, destinations, self._decoded, options)
-        self.is_prepared = True
-
-    def run(self, options: ReadOptions) -> RankReport:
-        """Read the tensors and values, and write the tensors.
-
-        Raises:
-            CorruptCheckpointError, StoreError, DtypeError, UnsafeValueError: see `reshard.load`.
-        """
-        match = self.match
-        stored = [match.stored_names[name] for name in self._value_names]
-        reads = ValueBuffer.of(self.source, stored)
-        report = execute_reads(self.source, self._reads, reads, options)
-        decoded = decode_all(reads, allow_pickle=self._options.allow_pickle)
-        values = dict(zip(self._value_names, decoded, strict=True))
-        self._new_values = [(leaf, values[leaf.name]) for leaf in self._value_leaves]
-        for leaf, names in match.containers:
-            items = {name: self._item_tensors[name] if name in self._item_tensors else values[name] for name in names}
-            self._new_values.append((leaf, self._assemble(leaf, items)))
-        with_nested = replace(added(report, match.report), seconds=report.seconds, cast=tuple(self._casts.values()))
-        return counting_metadata(with_nested, self.source)
-
-    def shareable_wants(self) -> list[WantedBox]:
-        """Return what this rank may read together with other ranks."""
-        values = [self.match.stored_names[name] for name in self._value_names]
-        return [*self._reads.direct_wants, *whole_wants(self.source, values)]
-
-    def replace_values(self) -> None:
-        """Replace the values of the state dict that are not tensors by those that `run` read."""
-        for leaf, value in (*self._new_values, *self.match.nested):
-            if not isinstance(leaf.value, torch.Tensor):
-                leaf.replace(value)
+        item_tensors = {name: _empty(self.match, name) for name in self._item_names}
+        destinations = [*self._destinations, *item_tensors.values()]
+        reads = CheckedBoxes.of(self.source, self._wants, destinations, self._decoded, options)
+        return PreparedLoad(self, reads, item_tensors)
 
     def describe_unexpected_keys(self, unexpected: Sequence[str]) -> str:
         """Return a message about the names of the checkpoint that no state dict has; empty if there are none."""
@@ -149,7 +122,7 @@ class StateDictLoad:
     def _check_containers(self) -> None:
         """Check that the values can be replaced in the dicts and lists that contain them."""
         match = self.match
-        for leaf in (*self._value_leaves, *(leaf for leaf, _ in (*match.containers, *match.nested))):
+        for leaf in (*self.value_leaves, *(leaf for leaf, _ in (*match.containers, *match.nested))):
             if not isinstance(leaf.container, (MutableMapping, list)):
                 raise DestinationError(
                     f"{leaf.name!r} is in a {type(leaf.container).__name__}, in which values cannot be replaced: use a "
@@ -158,17 +131,66 @@ class StateDictLoad:
 
     def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
         if loses_bits(stored, to):
-            self._casts[name] = Cast(name, *(str(dtype).removeprefix("torch.") for dtype in (stored, to)))
+            self.casts[name] = Cast(name, *(str(dtype).removeprefix("torch.") for dtype in (stored, to)))
 
-    def _assemble(self, leaf: Leaf, items: Mapping[str, Any]) -> Any:
-        """Return a dict or a list whose items are entries of the checkpoint."""
-        top = "value"
-        paths: dict[str, Path] = {}
-        for name in items:
-            path = renamed_path(self.source.paths.get(self.match.stored_names[name], ()), name) or ()
-            is_known = name_of(path[: len(leaf.path)]) == leaf.name
-            paths[name] = (top, *(path[len(leaf.path) :] if is_known else (name[len(leaf.name) + 1 :],)))
-        return nest(items, paths)[top]
+
+@dataclass(frozen=True, slots=True)
+class PreparedLoad:
+    """A load whose metadata has been read, and whose new tensors have been created."""
+
+    checked: CheckedLoad
+    _reads: CheckedBoxes
+    _item_tensors: Mapping[str, torch.Tensor]
+    """The new tensors, for items that the state dict does not have, by name."""
+
+    def shareable_wants(self) -> list[WantedBox]:
+        """Return what this rank may read together with other ranks."""
+        return [*self._reads.direct_wants, *whole_wants(self.checked.source, self.checked.stored_values)]
+
+    def run(self, options: ReadOptions) -> FinishedLoad:
+        """Read the tensors and values, and write the tensors.
+
+        Raises:
+            CorruptCheckpointError, StoreError, DtypeError, UnsafeValueError: see `reshard.load`.
+        """
+        checked, match = self.checked, self.checked.match
+        buffers = ValueBuffer.of(checked.source, checked.stored_values)
+        report = execute_reads(checked.source, self._reads, buffers, options)
+        decoded = decode_all(buffers, allow_pickle=checked.allow_pickle)
+        values = dict(zip(checked.value_names, decoded, strict=True))
+        new_values = [(leaf, values[leaf.name]) for leaf in checked.value_leaves]
+        for leaf, names in match.containers:
+            items = {name: self._item_tensors[name] if name in self._item_tensors else values[name] for name in names}
+            new_values.append((leaf, _assemble(match, leaf, items)))
+        casts = tuple(checked.casts.values())
+        with_nested = replace(added(report, match.report), seconds=report.seconds, cast=casts)
+        return FinishedLoad(counting_metadata(with_nested, checked.source), (*new_values, *match.nested))
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLoad:
+    """A load that has written the tensors of this rank."""
+
+    report: RankReport
+    _new_values: Sequence[tuple[Leaf, Any]]
+    """Leaves, and their values from the checkpoint."""
+
+    def replace_values(self) -> None:
+        """Replace the values of the state dict that are not tensors. Call it when all ranks have succeeded."""
+        for leaf, value in self._new_values:
+            if not isinstance(leaf.value, torch.Tensor):
+                leaf.replace(value)
+
+
+def _assemble(match: NameMatch, leaf: Leaf, items: Mapping[str, Any]) -> Any:
+    """Return a dict or a list whose items are entries of the checkpoint."""
+    top = "value"
+    paths: dict[str, Path] = {}
+    for name in items:
+        path = renamed_path(match.source.paths.get(match.stored_names[name], ()), name) or ()
+        is_known = name_of(path[: len(leaf.path)]) == leaf.name
+        paths[name] = (top, *(path[len(leaf.path) :] if is_known else (name[len(leaf.name) + 1 :],)))
+    return nest(items, paths)[top]
 
 
 def _empty(match: NameMatch, name: str) -> torch.Tensor:

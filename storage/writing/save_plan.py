@@ -115,7 +115,7 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
     paths = agreed_paths({rank: tables[packed] for packed, rank in first_ranks.items()})
     if uneven := uneven_lists(list(tables.values())):
         logger.warning(
-            "%d lists have different lengths on different ranks, and every rank will load the longest: %s. If a list "
+            "%d lists have different lengths on different ranks, and a load returns the longest to all: %s. If a list "
             "belongs to one rank only, give it another name on each rank",
             len(uneven),
             quoted(uneven),

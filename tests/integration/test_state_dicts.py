@@ -311,6 +311,16 @@ def test_container_is_loaded_from_one_value(tmp_path: Path) -> None:
     assert 0.5 * stored < report.ranks[0].bytes_fetched <= stored  # also of the values that contain others
 
 
+def test_quantised_weights_in_a_value_are_not_cast(tmp_path: Path) -> None:
+    stored = {"m": {"weight": torch.ones(2, 2, dtype=torch.int8), "weight_scale": torch.full((2,), 0.5)}}
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(stored, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    weights = torch.zeros(2, 2)
+    with pytest.raises(errors.DtypeError, match=r"'m\.weight'.* scale"):
+        reshard.load({"m": {"weight": weights, "weight_scale": torch.zeros(2)}}, tmp_path)
+    assert not weights.any()
+
+
 def test_leaves_of_one_value_may_have_paths_of_different_lengths(tmp_path: Path) -> None:
     stored = {"a.b": {"c": torch.full((2,), 1.0), "c.d": torch.full((2,), 2.0), "e": {"f": torch.full((2,), 3.0)}}}
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)

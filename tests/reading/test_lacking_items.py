@@ -95,7 +95,13 @@ class Whole(Part):
         self.loaded = state
 
 
+GROUPS = {"param_groups": [{"lr": 1}]}
 REFUSED: dict[str, tuple[Part, Part, Any]] = {
+    "the state of an optimizer": (
+        Part({"o": {"state": {"w": {"step": 3, "n": 4}}, **GROUPS}}),
+        Part({"o": {"state": {"w": {"step": 0}}, **GROUPS}}),
+        {"o": {"state": {"w": {"step": 3}}, **GROUPS}},
+    ),
     "keys of the state itself": (Whole({"a": 1, "old": 2}), Whole({"a": 0}), {"a": 1}),
     "tensors of a model": (Part({"m": {"w": ONE, "head": TWO}}), Part({"m": {"w": 0 * ONE}}), {"m": {"w": ONE}}),
     "values beside tensors": (Part({"w": ONE, "x": 1}), Part({"w": 0 * ONE}), {"w": ONE}),
