@@ -611,7 +611,7 @@ def warn_of_selection(layout: Layout, selected: Iterable[str]) -> None:
     selected = list(selected)
     if layout.rules and selected and len(unused_rules(layout, selected)) == len(layout.rules):
         logger.warning(
-            "no pattern of the layout matches a selected tensor, so each rank reads all of them whole: %s",
+            "no pattern of the layout matches a selected tensor, so none of them is sharded: %s",
             quoted(selected),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 import reshard
 
@@ -13,10 +14,13 @@ class CheckpointCallback(TrainerCallback):
     """Restores the latest checkpoint when training starts, and passes every step to the manager.
 
     A checkpoint contains the model, the optimizer and the learning-rate scheduler. The metrics are the numbers that
-    the trainer logs at its step, also during evaluations. A step that is due is therefore saved when the next one
-    begins, or when training ends. If an evaluation fails, its step is not saved. Training ends when the manager says
-    so. After a restore, the trainer begins the data and the count of epochs again, and the first loss that it logs is
-    too small, so it is not used as a metric. If the run is finished, the trainer still makes a step, which is undone.
+    the trainer logs at its step, also during evaluations. If it may log something, a step that is due is therefore
+    saved when the next one begins, or when training ends. So an evaluation that fails prevents the save, and after a
+    signal the trainer may make one more step. With `load_best_model_at_end`, which replaces the weights, a step is
+    saved at once, without these metrics. Training ends when the manager says so.
+
+    After a restore, the trainer begins the data and the count of epochs again, and the first loss that it logs is too
+    small, so it is not used as a metric. If the run is finished, the trainer still makes a step, which is undone.
 
     Args:
         manager: the manager. Pass `save_strategy="no"` to the trainer, or it saves checkpoints of its own, too.
@@ -72,9 +76,10 @@ class CheckpointCallback(TrainerCallback):
             state.global_step = self._manager.restore(self._state) or 0
             control.should_training_stop = True
             return
-        is_last = control.should_training_stop or state.global_step >= state.max_steps
-        self._is_pending = self._manager.is_due(state.global_step)
-        if not self._is_pending or (is_last and args.load_best_model_at_end):  # which replaces the weights
+        ends_epochs = IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy)
+        may_log = control.should_log or control.should_evaluate or ends_epochs
+        self._is_pending = may_log and not args.load_best_model_at_end and self._manager.is_due(state.global_step)
+        if not self._is_pending:
             self._save(state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:

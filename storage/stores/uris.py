@@ -36,8 +36,7 @@ def is_local(uri: str) -> bool:
             folder.
     """
     parts = uri.split("::")
-    if is_chain(uri) or len(parts) == 1:
-        _check_file_uris(parts)
+    _check_file_uris(parts if is_chain(uri) else parts[:1])
     lost = [_lost_slash(part) for part in parts]
     if lost[0] or (
         any(lost) and all(is_lost or _is_chain_part(part) for part, is_lost in zip(parts, lost, strict=True))
@@ -56,13 +55,14 @@ def _check_file_uris(parts: Iterable[str]) -> None:
     for part in parts:
         protocol, mark, path = part.partition("://")
         if mark and protocol in LOCAL_PROTOCOLS and not path.startswith(("/", "~")):
+            remember_secrets(part)
             host, _, rest = path.partition("/")
-            if host != "localhost":
-                rest = path
-            raise UnsupportedURIError(
-                f"{masked(part)!r} has no absolute path: pass {masked(f'{protocol}:///{rest}')!r}, or "
-                f"{masked(rest)!r} for a path in the current folder"
-            )
+            path = rest if host == "localhost" else path
+            advice = f"pass '{protocol}:///' and an absolute path, or a path without '{protocol}://'"
+            if path and path[0] not in ".$" and "@" not in path:
+                absolute = f"{protocol}:///{path}"
+                advice = f"pass {absolute!r}, or {path!r} for a path in the current folder"
+            raise UnsupportedURIError(f"{masked(part)!r} has no absolute path: {advice}")
 
 
 def _lost_slash(part: str) -> bool:

@@ -47,6 +47,7 @@ CONCURRENT_COPIES = 2
 
 
 ANY = -1
+"""All ranks look for an object, and none copies it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ class MirrorCopier:
                 task = self._waiting.popleft()
                 self._is_busy = True
             try:
-                result = self._copy(task.folder, task.overwrite) if task.is_needed() else CopyResult()
+                result = self._copy(task) if task.is_needed() else CopyResult()
             except Exception as error:
                 result = CopyResult(
                     problem=f"{type(error).__name__}: {error}", is_out_of_reach=self._is_out_of_reach(error)
@@ -205,8 +206,9 @@ class MirrorCopier:
                 self._is_busy = False
                 self._changed.notify_all()
 
-    def _copy(self, folder: str, overwrite: bool) -> CopyResult:
+    def _copy(self, task: _Submitted) -> CopyResult:
         """Copy a checkpoint with all ranks, and commit it."""
+        folder = task.folder
         source, target = self._source(folder), self._target(folder)
         manifest = NativeSource.find(source)
         if manifest is None:
@@ -214,33 +216,30 @@ class MirrorCopier:
         data, objects = manifest.contents(), list(manifest.objects)
         by_number = [(name, nbytes, (rank_of_object(name) or 0) % self._world) for name, nbytes in objects]
         copied = self._copy_on_all_ranks(CheckpointCopy(folder, by_number))
-        problems = [one.problem for one in copied if one.problem]
         lacking = {name for one in copied for name in one.lacking}
-        if lacking and not problems:
-            problems = self._copy_from_other_ranks(folder, [found for found in objects if found[0] in lacking])
-        if problems:
+        if lacking and not any(one.problem for one in copied):
+            copied = self._copy_from_other_ranks(folder, [found for found in objects if found[0] in lacking])
+        if problems := [one.problem for one in copied if one.problem]:
             return CopyResult(problem="; ".join(problems), is_out_of_reach=any(one.is_out_of_reach for one in copied))
-        commit(target, data, {name for name, _ in objects}, overwrite=overwrite)
+        commit(target, data, {name for name, _ in objects}, overwrite=task.overwrite, before=task.is_needed)
         return CopyResult(is_complete=True)
 
-    def _copy_from_other_ranks(self, folder: str, objects: Sequence[tuple[str, int]]) -> list[str]:
-        """Copy objects that the ranks of their numbers do not see. Return what failed.
+    def _copy_from_other_ranks(self, folder: str, objects: Sequence[tuple[str, int]]) -> list[_OwnCopy]:
+        """Copy objects that the ranks of their numbers do not see.
 
         Other ranks may be on the machines that have them, if the ranks have moved since the save.
         """
         looked = self._copy_on_all_ranks(CheckpointCopy(folder, [(name, nbytes, ANY) for name, nbytes in objects]))
-        sees = [{name for name, _ in objects}.difference(one.lacking) for one in looked]
-        ranks = {name: next((rank for rank in range(self._world) if name in sees[rank]), ANY) for name, _ in objects}
-        problems = [one.problem for one in looked if one.problem]
+        if any(one.problem for one in looked):
+            return looked
+        ranks: dict[str, int] = {}
+        for name, _ in objects:
+            ranks[name] = next((rank for rank, one in enumerate(looked) if name not in one.lacking), ANY)
         if lost := [name for name, rank in ranks.items() if rank == ANY]:
-            problems.append(f"no rank has {quoted(lost)}")
-        if not problems:
-            found = self._copy_on_all_ranks(
-                CheckpointCopy(folder, [(name, nbytes, ranks[name]) for name, nbytes in objects])
-            )
-            problems = [one.problem for one in found if one.problem]
-            problems += [f"{quoted(one.lacking)} disappeared" for one in found if one.lacking]
-        return problems
+            return [_OwnCopy(f"no rank has {quoted(lost)}")]
+        return self._copy_on_all_ranks(
+            CheckpointCopy(folder, [(name, nbytes, ranks[name]) for name, nbytes in objects])
+        )
 
     def _copy_on_all_ranks(self, copy: CheckpointCopy) -> list[_OwnCopy]:
         """Copy objects on all ranks, and wait for them. Return what `_copy_own` returned on each of them."""
@@ -372,9 +371,11 @@ def remove_local_leftovers(root: str, known: Iterable[str]) -> None:
     """
     store = open_store(root)
     found: dict[str, list[str]] = {}
-    for name in store.list():
+    names = set(store.list())
+    for name in names:
         folder = name.partition("/")[0]
-        if rank_of_object(name) is not None and STEP_FOLDER.fullmatch(folder):
+        has_manifest = f"{folder}/{MANIFEST_NAME}" in names  # of a checkpoint that another rank 0 has saved here
+        if rank_of_object(name) is not None and STEP_FOLDER.fullmatch(folder) and not has_manifest:
             found.setdefault(folder, []).append(name)
     for folder in known:
         found.pop(folder, None)

@@ -35,8 +35,8 @@ METRICS = "metrics"
 STEP_FOLDER = re.compile(r"step-([0-9]{1,64})")
 
 
-MAX_ANCESTORS = 256
-"""How many ancestors a checkpoint lists."""
+MAX_ANCESTORS = 2048
+"""How many ancestors a checkpoint lists: about 30 KB. If there are more, those that have been removed are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Ancestors:
     numbers: tuple[int, ...] = ()
     """The sequence numbers of the last ones, ascending. They may have been removed since."""
     since: int = 0
-    """No other number from this one on is of an ancestor."""
+    """Of the numbers from this one on, only those in `numbers` are ancestors."""
 
     def may_include(self, sequence: int) -> bool:
         """Return whether the checkpoint with this number is an ancestor, or may be one because it is too old."""
@@ -67,6 +67,8 @@ class Ancestors:
             return cls((last.sequence,), last.sequence)
         known = {entry.sequence for entry in numbered if entry.sequence >= last.ancestors.since}
         numbers = sorted({*last.ancestors.numbers, *known})
+        if len(numbers) > MAX_ANCESTORS:
+            numbers = sorted(known)
         if len(numbers) <= MAX_ANCESTORS:
             return cls(tuple(numbers), last.ancestors.since)
         return cls(tuple(numbers[-MAX_ANCESTORS:]), numbers[-MAX_ANCESTORS])
@@ -213,7 +215,8 @@ def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
         if entry.step < last and entry.sequence <= before and is_ancestor:
             last = entry.step
             before = before if entry.parent is None else entry.parent
-            ancestors = ancestors or entry.ancestors
+            if ancestors is None or entry.sequence < ancestors.since:
+                ancestors = entry.ancestors or ancestors
             if entry.is_complete:
                 found.append(entry)
     return found[::-1]

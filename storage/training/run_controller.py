@@ -19,7 +19,7 @@ from .run_location import Rewind, RunLocation
 
 logger = logger_of(__name__)
 TAKEOVER_MS = 120_000
-"""How far the numbers of a new manager are above the time at which the one before it last renewed its lease. This one
+"""How far the numbers of a new manager are above the time at which the old one last renewed its lease. The old manager
 notices within 30 s that it has lost the lease."""
 
 
@@ -78,8 +78,10 @@ class RunController:
         self._reading: list[Candidate] = []
         self._first_sequence = 0
         """The next save gets at least this number."""
-        if root.was_taken_over:  # its manager may still commit a save, with a number of its own clock
-            self._first_sequence = max(self._next_sequence(), int(root.taken_over_at * 1000)) + TAKEOVER_MS
+        for location in self._locations:
+            if location.was_taken_over:  # its manager may still commit a save or a copy, with a number of its own clock
+                last = max(self._next_sequence(), int(location.taken_over_at * 1000))
+                self._first_sequence = max(self._first_sequence, last + TAKEOVER_MS)
         self._pool = Pool(1, "reshard-manager")
 
     def begin(self) -> None:

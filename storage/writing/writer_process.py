@@ -224,15 +224,15 @@ class WriterProcess:
         wrote: Callable[[int], None],
         remove: Callable[[list[ObjectRecord]], None],
     ) -> list[ObjectRecord]:
-        written, last = 0, time.monotonic()
+        written, last, warnings = 0, time.monotonic(), 0
         while True:
-            if time.monotonic() - last > WARN_AFTER_S:
-                last = time.monotonic()
+            if (idle_s := time.monotonic() - last) > WARN_AFTER_S * (warnings + 1):
+                warnings += 1
                 logger.warning(
                     "the writer process %d has written nothing for %.0f s: its store does not answer, or the process "
                     "was stopped",
                     self.pid,
-                    WARN_AFTER_S,
+                    idle_s,
                 )
             try:
                 interrupt()
@@ -247,7 +247,7 @@ class WriterProcess:
                 wrote(sum(record.bytes_needed for record in records) - written)
                 return records
             if value:
-                last = time.monotonic()
+                last, warnings = time.monotonic(), 0
             written += value
             wrote(value)
 

@@ -93,6 +93,3 @@ def test_one_memory_with_other_strides_of_a_dimension_of_one_element_is_one_dest
     assert other.stride() != memory.stride()
     reshard.load({"a": memory, "b": other}, saved(a=values, b=values))
     assert memory.equal(values)
-
-
-FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]

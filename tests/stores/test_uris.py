@@ -202,6 +202,10 @@ def test_a_local_path_with_colons_is_a_folder(location: str, empty_folder: Path,
         ("local://run", "'local:///run'"),
         ("simplecache::file://data/run", "'file:///data/run'"),
         ("zip://c::file://y.zip", "'file:///y.zip'"),
+        ("file://a::x", "'file:///a'"),
+        ("file://", "pass 'file:///' and an absolute path, or a path without 'file://'"),
+        ("file://./x", "or a path without 'file://'"),
+        ("file://user:secret@host/x", "'file://***@host/x' has no absolute path: pass 'file:///' and"),
     ],
 )
 def test_a_file_uri_without_an_absolute_path_is_refused(uri: str, instead: str, empty_folder: Path) -> None:

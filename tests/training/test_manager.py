@@ -1079,6 +1079,22 @@ def test_ancestors_of_a_long_run_are_bounded(tmp_path: Path, monkeypatch: pytest
         assert manager.steps() == [*range(1, 7)]
 
 
+def test_removed_ancestors_are_left_out_if_there_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the list is still complete, and an old checkpoint that is abandoned is not taken for an ancestor."""
+    monkeypatch.setattr(run_catalog, "MAX_ANCESTORS", 3)
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2, 3])
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "kept")
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        assert manager.restore(state(0), step=1) == 1
+        for step in range(3, 12):
+            train(manager, [step])
+            manager.wait()
+    shutil.move(tmp_path / "kept", tmp_path / "step-00000002")  # such as on the disk of another machine
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [11]
+
+
 def test_a_run_of_an_older_version_is_continued(tmp_path: Path) -> None:
     """It has small numbers, and lists no ancestors."""
     for number, step in enumerate((1, 2, 3)):

@@ -23,9 +23,11 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.formats.native.native_source import NativeSource
 from reshard.storage.stores import retry
 from reshard.storage.stores.local import LocalStore
+from reshard.storage.training import lease as lease_module
 from reshard.storage.training import mirror as mirror_module
+from reshard.storage.training.lease import Lease
 from reshard.storage.training.mirror import CopyResult
-from reshard.storage.training.run_catalog import RunEntry
+from reshard.storage.training.run_catalog import RunEntry, metadata_of
 from reshard.storage.training.run_controller import RunController
 from tests.conftest import Place
 from tests.failing_s3 import failing_s3
@@ -500,6 +502,41 @@ def test_what_ranks_wrote_that_have_moved_is_copied_and_removed(ranks: RankPool,
     for node in range(2):
         left = {path.parent.parent.name for path in (tmp_path / f"disk-{node}").rglob("*.shard")}
         assert left == {"step-00000003"}
+
+
+def test_leftovers_do_not_include_a_checkpoint_that_another_rank_0_has_saved(tmp_path: Path) -> None:
+    """Its machine may not have copied it yet."""
+    for step in (1, 2):
+        reshard.save(state(step), tmp_path / f"step-{step:08}")
+    (tmp_path / "step-00000002" / MANIFEST_NAME).unlink()
+    old = time.time() - 2 * 24 * 3600
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (old, old))
+    mirror_module.remove_local_leftovers(str(tmp_path), set())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert reshard.open(tmp_path / "step-00000001").verify() == []
+
+
+def test_the_mirror_of_a_manager_that_another_machine_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still commit a copy, with a number of a clock that is ahead."""
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 90)
+    defaults: dict[str, Any] = {"mirror": tmp_path / "mirror", "asynchronous": False, "signals": ()}
+    old = reshard.CheckpointManager(tmp_path / "a", **defaults)
+    train(old, [10])
+    old.wait()
+    entry = old._controller.begin_save(20, {}, force=False).entry  # type: ignore[union-attr]
+    monkeypatch.undo()
+    monkeypatch.setattr(lease_module, "_held", {})
+    monkeypatch.setattr(Lease, "_has_released", lambda self, holder: True)
+    with reshard.CheckpointManager(tmp_path / "b", **defaults) as new:
+        assert restored(new) == 10
+        train(new, [15, 25])
+        new.wait()
+        reshard.save(state(20), tmp_path / "mirror" / "step-00000020", metadata=metadata_of(entry, None))
+    with reshard.CheckpointManager(tmp_path / "c", **defaults) as manager:
+        assert manager.steps() == [10, 15, 25]
+    old._end()
 
 
 @pytest.mark.parametrize("is_lost", [False, True])

@@ -1161,12 +1161,11 @@ def trainer_of(manager: reshard.CheckpointManager, evaluated: Any, **arguments: 
     settings = transformers.TrainingArguments(
         "out",
         per_device_train_batch_size=2,
-        save_strategy="no",
         label_names=["x"],
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **arguments,
+        **{"save_strategy": "no", **arguments},
     )
     data: Any = [{"x": X[0]}] * 8  # 4 steps for each epoch
     callback: Any = CheckpointCallback(manager)
@@ -1189,6 +1188,44 @@ def test_metrics_of_the_last_step_and_of_several_evaluations_are_stored(
         assert manager.checkpoints()[0].metrics == {}
         assert {"eval_a_loss", "eval_b_loss", "loss"} <= manager.checkpoints()[1].metrics.keys()
         assert "train_runtime" not in manager.checkpoints()[1].metrics
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+@pytest.mark.parametrize("loads_best", [False, True])
+def test_a_step_is_saved_with_its_own_weights_if_training_stops_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads_best: bool
+) -> None:
+    """The trainer may replace the weights by the best ones before it ends."""
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    data: Any = [{"x": X[0]}] * 2
+    seen: dict[int, torch.Tensor] = {}
+
+    class Spy(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            seen[state.global_step] = parts["model"].net[0].weight.detach().clone()
+
+    with reshard.CheckpointManager(tmp_path / "run", asynchronous=False) as manager:
+        options: dict[str, Any] = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+        if loads_best:
+            options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+            options |= {
+                "metric_for_best_model": "eval_loss",
+                "greater_is_better": True,
+            }  # so that the first is the best
+        trainer = trainer_of(manager, data, **options)
+        trainer.add_callback(Spy())
+        if loads_best:
+            trainer.add_callback(transformers.EarlyStoppingCallback(2))
+        trainer.train()
+        steps = manager.steps()
+        assert steps == list(seen) == list(range(1, len(steps) + 1))
+        assert len(steps) == (3 if loads_best else 20)
+        for step in steps:
+            found = reshard.open(manager.location(step)).read("model.net.0.weight")
+            assert found.equal(seen[step])
 
 
 @pytest.mark.slow

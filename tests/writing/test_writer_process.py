@@ -94,8 +94,10 @@ def test_a_writer_process_that_is_stopped_is_reported(
     os.kill(pid, signal.SIGSTOP)
     try:
         saving = reshard.async_save({"w": torch.ones(3)}, tmp_path / "2", background="process")
+        deadline = time.monotonic() + 60
         while f"the writer process {pid} has written nothing for" not in caplog.text:
             assert not saving.done()
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         os.kill(pid, signal.SIGCONT)
