@@ -169,7 +169,7 @@ class RunLocation:
         return self._kept_by_policies(branch(entry for entry in current if entry.key in on_branch))
 
     def _branch_with(self, current: Sequence[RunEntry]) -> list[RunEntry]:
-        """Return the branch of the whole run, of which some checkpoints are here.
+        """Return the branch of the whole run. Some of its checkpoints may be at the twin only.
 
         The twin shows which of them are abandoned: training may have continued on another machine.
         """

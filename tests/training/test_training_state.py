@@ -1091,60 +1091,6 @@ def test_parameter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
         reshard.save(reshard.training_state(model, optimizers), tmp_path / "x")
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-@pytest.mark.parametrize("logging_steps", [1, 500])
-def test_metrics_of_transformers_are_those_of_the_saved_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, logging_steps: int
-) -> None:
-    import transformers
-
-    from reshard.integrations.transformers import CheckpointCallback
-
-    monkeypatch.chdir(tmp_path)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net()
-
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"loss": self.net(x).square().mean()}
-
-    settings = transformers.TrainingArguments(
-        "out",
-        per_device_train_batch_size=2,
-        num_train_epochs=3,
-        learning_rate=0.3,
-        save_strategy="no",
-        eval_strategy=strategy,
-        eval_steps=2,
-        label_names=["x"],
-        logging_steps=logging_steps,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    data: Any = [{"x": X[0]}] * 8  # 4 steps for each epoch
-    every = 2 if strategy == "steps" else 4
-    with reshard.CheckpointManager(tmp_path / "run", save_every=2, asynchronous=False) as manager:
-        trainer = transformers.Trainer(
-            Net(), settings, train_dataset=data, eval_dataset=data, callbacks=[CheckpointCallback(manager)]
-        )
-        trainer.train()
-        evaluated = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
-        assert list(evaluated) == list(range(every, 13, every))
-        found = {one.step: one.metrics for one in manager.checkpoints()}
-        assert list(found) == [2, 4, 6, 8, 10, 12]
-        assert {step: values["eval_loss"] for step, values in found.items() if "eval_loss" in values} == evaluated
-        assert all(("loss" in values) == (logging_steps == 1) for values in found.values())
-        model = Net()
-        for step, loss in evaluated.items():
-            reshard.load({"model": model.state_dict()}, manager.location(int(step)), strict=False)
-            torch.testing.assert_close(model(X[0])["loss"].item(), loss)
-
-
 def trainer_of(manager: reshard.CheckpointManager, evaluated: Any, **arguments: Any) -> Any:
     import transformers
 
@@ -1170,6 +1116,39 @@ def trainer_of(manager: reshard.CheckpointManager, evaluated: Any, **arguments: 
     data: Any = [{"x": X[0]}] * 8  # 4 steps for each epoch
     callback: Any = CheckpointCallback(manager)
     return transformers.Trainer(Net(), settings, train_dataset=data, eval_dataset=evaluated, callbacks=[callback])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("logging_steps", [1, 500])
+def test_metrics_of_transformers_are_those_of_the_saved_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, logging_steps: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data: Any = [{"x": X[0]}] * 8
+    every = 2 if strategy == "steps" else 4
+    with reshard.CheckpointManager(tmp_path / "run", save_every=2, asynchronous=False) as manager:
+        trainer = trainer_of(
+            manager,
+            data,
+            num_train_epochs=3,
+            learning_rate=0.3,
+            eval_strategy=strategy,
+            eval_steps=2,
+            logging_steps=logging_steps,
+        )
+        trainer.train()
+        evaluated = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+        assert list(evaluated) == list(range(every, 13, every))
+        found = {one.step: one.metrics for one in manager.checkpoints()}
+        assert list(found) == [2, 4, 6, 8, 10, 12]
+        assert {step: values["eval_loss"] for step, values in found.items() if "eval_loss" in values} == evaluated
+        assert all(("loss" in values) == (logging_steps == 1) for values in found.values())
+        model = trainer.model
+        for step, loss in evaluated.items():
+            reshard.load({"model": model.state_dict()}, manager.location(int(step)), strict=False)
+            torch.testing.assert_close(model(X[0])["loss"].item(), loss)
 
 
 @pytest.mark.slow
