@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests import servers
 from tests.ranks import RankPool
 from tests.torture.faults import by_client
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs like this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("reshard", deadline=None)  # the time of a test depends on what else the machine does
 settings.load_profile("reshard")
 os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")

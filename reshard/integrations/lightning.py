@@ -14,10 +14,34 @@ import reshard
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 else:
     is_imported = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    is_used = is_imported or find_spec("lightning") is None
-    Callback = importlib.import_module("pytorch_lightning" if is_used else "lightning.pytorch").Callback
+    package = "pytorch_lightning" if is_imported or find_spec("lightning") is None else "lightning.pytorch"
+    Callback = importlib.import_module(package).Callback
+    SIGTERMException = importlib.import_module(f"{package}.utilities.exceptions").SIGTERMException
+
+
+class _Loops:
+    """The counters of the loops of a trainer."""
+
+    def __init__(self, fit_loop: Any) -> None:
+        self._fit_loop = fit_loop
+        self._at_epoch_end: dict[str, Any] | None = None
+
+    def keep(self) -> None:
+        """Keep the counters of this moment as the state, until `release`."""
+        self._at_epoch_end = self._fit_loop.state_dict()
+
+    def release(self) -> None:
+        self._at_epoch_end = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._at_epoch_end or self._fit_loop.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._fit_loop.load_state_dict(state)
 
 
 class CheckpointCallback(Callback):
@@ -26,7 +50,9 @@ class CheckpointCallback(Callback):
     A checkpoint contains the model, the optimizers, the learning-rate schedulers, the state of the precision plugin,
     and the counters of the loops. The metrics are those that were logged. The fit ends when the manager says so. As
     when Lightning resumes by itself, the data of an epoch begins again unless its data loader has a state. Several
-    optimizers make several steps in a batch: if one of them is due, the last one is saved.
+    optimizers make several steps in a batch: if one of them is due, the last one is saved. The last step of an epoch is
+    saved after the validation and `on_train_epoch_end`. When Lightning ends the fit after SIGTERM, the last step is
+    saved.
 
     Args:
         manager: the manager. Pass `enable_checkpointing=False` to the Trainer, or it saves checkpoints of its own, too.
@@ -37,23 +63,46 @@ class CheckpointCallback(Callback):
         self._state: dict[str, Any] = {}
         self._step = 0
         """The last step that was passed to the manager."""
+        self._saved_step = 0
+        """The last step that was saved or restored."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedulers = {f"lr_scheduler_{i}": config.scheduler for i, config in enumerate(trainer.lr_scheduler_configs)}
         model = trainer.strategy.model or pl_module  # with the wrappers of DDP or FSDP
+        self._loops = _Loops(trainer.fit_loop)
         self._state = reshard.training_state(
-            model, trainer.optimizers, **schedulers, loops=trainer.fit_loop, precision=trainer.precision_plugin
+            model, trainer.optimizers, **schedulers, loops=self._loops, precision=trainer.precision_plugin
         )
         self._manager.restore(self._state)
-        self._step = trainer.global_step
+        self._step = self._saved_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:
-            return  # gradients are accumulated
-        passed = range(self._step + 1, trainer.global_step)  # several optimizers make several steps in a batch
-        self._step = trainer.global_step
-        was_due = any(map(self._manager.is_due, passed))
-        self._manager.save(self._step, self._state, trainer.callback_metrics, force=was_due)
-        trainer.should_stop = trainer.should_stop or self._manager.should_stop
+        if not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The hook of the module, and schedulers that depend on a metric, come after this. But the loops can only be
+        # resumed from the counters that they have now.
+        self._loops.keep()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and trainer.global_step != self._saved_step:
+            self._save(trainer, force=True)
+
+    def _save(self, trainer: Trainer, *, force: bool = False) -> None:
+        if trainer.global_step != self._step or force:  # otherwise gradients are accumulated
+            passed = range(self._step + 1, trainer.global_step)  # several optimizers make several steps in a batch
+            self._step = trainer.global_step
+            was_due = any(map(self._manager.is_due, passed))
+            if self._manager.save(self._step, self._state, trainer.callback_metrics, force=was_due or force):
+                self._saved_step = self._step
+            trainer.should_stop = trainer.should_stop or self._manager.should_stop
+        self._loops.release()

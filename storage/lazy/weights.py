@@ -70,6 +70,15 @@ class LazyWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names) + len(self._source().unreadable)
 
+    def __copy__(self) -> dict[str, torch.Tensor]:
+        return dict(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise ArgumentError(
+            "the lazy tensors of a checkpoint cannot be pickled: pickle the Checkpoint, and call its lazy() in the "
+            "other process"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, torch.Tensor]:
         """Return a dict of copies, which are lazy too."""
         return {name: copy.deepcopy(tensor, memo) for name, tensor in self.items()}

@@ -16,6 +16,8 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.profiler import record_function
 
+from .forks import generation
+
 # It imports a module when it is first called. A fork during that import, in another thread, would leave the module
 # locked in the child, where the next call would wait forever. See `forks.py`.
 with record_function("reshard.import"):
@@ -29,6 +31,8 @@ def without_torch_modes() -> Iterator[None]:
     These are the default device, function and dispatch modes (such as fake tensors), inference mode, and gradients.
     New tensors are then ordinary tensors with memory. The default dtype belongs to the process and stays as it is, so
     code that creates a tensor must pass a dtype. `torch.compile` does not compile the functions that are called.
+
+    In a forked child process, torch uses one thread meanwhile. It would wait forever for the threads of the parent.
     """
     compile_frame = set_eval_frame(None)
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
@@ -40,6 +44,9 @@ def without_torch_modes() -> Iterator[None]:
                 stack.enter_context(_disable_current_modes())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+            if generation():
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(1)
             yield
     finally:
         for mode in reversed(modes):

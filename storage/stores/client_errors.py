@@ -68,7 +68,7 @@ _TRANSIENT_ERRNO = frozenset(
 )
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
-_SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
+_SYSTEM_MESSAGE = re.compile(r'(?:message|error): "([^"]*)"')
 _OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got \d+\.\.\d+")
 _STATUS = re.compile(r"status code: (\d{3})")
 
@@ -173,7 +173,10 @@ def _message(error: BaseException) -> str:
     if code:
         return f"{code[1]}: {message[1]}" if message else code[1]
     source = _SYSTEM_MESSAGE.search(text)
-    return text.partition("\n")[0] + (f" ({source[1]})" if source else "")
+    why = source[1] if source else ""
+    if "kind: Connect," in text:
+        why = f"{why or 'no connection'}: check the host of the endpoint, and whether it uses http or https"
+    return text.partition("\n")[0] + (f" ({why})" if why else "")
 
 
 def _code(error: BaseException) -> str:

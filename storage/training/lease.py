@@ -16,12 +16,12 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...planner.errors import CheckpointError
-from ..errors import CheckpointExistsError, ObjectNotFoundError, RunInUseError, UnavailableError
+from ..errors import CheckpointExistsError, ObjectNotFoundError, RunInUseError, StoreError, UnavailableError
 from ..runtime.forks import after_fork_in_child
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool, cleaning_up, current_stop
@@ -37,6 +37,10 @@ LONG_AGO_S = 600.0
 """A lease whose time is older than this has probably expired, and a sign of life is awaited for a shorter time."""
 SHORT_WAIT_S = 2.5 * RENEW_EVERY_S
 """How long a sign of life is awaited then: the clocks of the two machines may differ."""
+TAKEOVER_MS = 120_000
+"""How far the numbers of a new holder are above the time of the takeover, by the clocks of both holders. The old one
+may still run, and notices within 30 s that it has lost the lease."""
+MAX_SAVES_BETWEEN_RENEWALS = 1000
 RELEASE_TIMEOUT_S = 2.0
 """How long a release waits for a renewal that runs."""
 _NAME = re.compile(rf"{re.escape(FOLDER)}/(\d{{8,18}})\.json")
@@ -54,6 +58,8 @@ class Holder:
     """Identifies the process on its machine, so that a manager on the same machine can check if it still runs."""
     renewals: int = 0
     time: float = 0.0
+    sequence: int = 0
+    """The largest number of a save that this holder has used, or may use next."""
     released: bool = False
 
     def __str__(self) -> str:
@@ -79,6 +85,16 @@ def _holder_in(store: Store, name: str) -> Holder | None:
         return Holder(**json.loads(bytes(store.read(name, 0, _MAX_BYTES))))
     except (ObjectNotFoundError, ValueError, TypeError):
         return None
+
+
+def _sequence_after(holder: Holder | None) -> int:
+    """Return a number for a save that a holder has not used, and will not use if it still runs."""
+    if holder is None:  # its object cannot be understood
+        return int(time.time() * 1000) + TAKEOVER_MS
+    renewed = int(holder.time * 1000)
+    if holder.released:
+        return max(renewed, holder.sequence) + 1
+    return max(max(renewed, int(time.time() * 1000)) + TAKEOVER_MS, holder.sequence + MAX_SAVES_BETWEEN_RENEWALS)
 
 
 def last_mark(store: Store) -> LeaseMark | None:
@@ -156,10 +172,9 @@ class Lease:
         self._is_closing = threading.Event()
         self._holder = _myself()
         self._lost = ""
-        self.was_taken_over = False
-        """Whether the previous holder has not released it, and may still run."""
-        self.previous_time = 0.0
-        """When the previous holder last renewed it, by its clock, in seconds since 1970; 0 if there was none."""
+        self._sequence = 0
+        self.first_sequence = 0
+        """The smallest number for a save that no earlier holder has used, or will use if it still runs."""
         self._number = self._acquire(EXPIRES_AFTER_S if expires_after_s is None else expires_after_s)
         _held[self._holder.id] = self
         self._pool = Pool(1, "reshard-lease")
@@ -171,11 +186,23 @@ class Lease:
         return LeaseMark(_name(self._number), self._holder.id)
 
     def check(self) -> None:
-        """Raise RunInUseError if another manager has taken the lease over. This lists the objects of the lease."""
+        """Check that this process still holds the lease. This lists the objects of the lease.
+
+        Raises:
+            RunInUseError: another manager has taken it over.
+            StoreError: the object of the lease is gone, or the store cannot be read.
+        """
         with self._lock:
-            numbers = self._numbers()
-            if self._lost or max(numbers, default=0) > self._number:
-                self._lose(max(numbers, default=0))
+            self._check(self._numbers())
+
+    def note_sequence(self, number: int) -> None:
+        """Note the number of a save. It is stored at the next renewal, so that the next holder uses larger ones."""
+        self._sequence = max(self._sequence, number)
+
+    def renew(self) -> None:
+        """Show that the holder still runs. Raises what `check` raises."""
+        with self._lock:
+            self._renew()
 
     def release(self) -> None:
         """Give the lease back, so that the next manager need not wait. Log an error of the store."""
@@ -194,12 +221,29 @@ class Lease:
             self._lost = CLOSED
             with cleaning_up():  # a store that does not answer must not keep the process for long
                 if max(self._numbers(), default=0) == self._number:
-                    released = replace(self._holder, released=True, time=time.time())
+                    released = replace(self._holder, released=True, time=time.time(), sequence=self._sequence)
                     self._write(self._number, released, overwrite=True)
         except CheckpointError as error:
             logger.warning("the lease of %s could not be released: %s", self._store.location, error)
         finally:
             self._lock.release()
+
+    def _check(self, numbers: Sequence[int]) -> None:
+        if self._lost or max(numbers, default=0) > self._number:
+            self._lose(max(numbers, default=0))
+        if self._number not in numbers and self._read(self._number) is None:
+            raise StoreError(
+                f"the manager's object {_name(self._number)} in {self._store.location} is gone: the folder was "
+                "removed, replaced or unmounted. Make it available again, or close this manager and create a new one"
+            )
+
+    def _renew(self) -> None:
+        numbers = self._numbers()
+        self._check(numbers)
+        renewals = self._holder.renewals + 1
+        self._holder = replace(self._holder, renewals=renewals, time=time.time(), sequence=self._sequence)
+        self._write(self._number, self._holder, overwrite=True)
+        self._store.delete([_name(number) for number in numbers if number < self._number])
 
     def _lose(self, number: int) -> None:
         if self._lost == CLOSED:
@@ -218,12 +262,7 @@ class Lease:
                 if self._lost or stop.wait(0):
                     return
                 try:
-                    numbers = self._numbers()
-                    if max(numbers, default=0) > self._number:
-                        self._lose(max(numbers))
-                    self._holder = replace(self._holder, renewals=self._holder.renewals + 1, time=time.time())
-                    self._write(self._number, self._holder, overwrite=True)
-                    self._store.delete([_name(number) for number in numbers if number < self._number])
+                    self._renew()
                 except RunInUseError as error:
                     logger.error("%s", error)
                     return
@@ -255,9 +294,10 @@ class Lease:
                 expires_after_s,
             )
             self._wait_for_silence(number, holder, expires_after_s)
-        self.was_taken_over = number > 0 and (holder is None or not holder.released)
-        self.previous_time = 0.0 if holder is None else holder.time
-        self._holder = replace(self._holder, time=time.time())
+        if number:
+            self.first_sequence = _sequence_after(holder)
+        self._sequence = self.first_sequence
+        self._holder = replace(self._holder, time=time.time(), sequence=self._sequence)
         try:
             self._write(number + 1, self._holder, overwrite=False)
         except CheckpointExistsError:

@@ -387,7 +387,9 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no complete checkpoint of `step`.
             CorruptCheckpointError: all checkpoints are damaged. The loads may have overwritten a part of the state
                 dict.
-            StoreError: no checkpoint can be loaded, and not only because of damage. The same applies.
+            StoreError: no checkpoint can be loaded, and not only because of damage. The same applies. Or the run is no
+                longer at its location.
+            RunInUseError: another manager has taken over this run.
             ArgumentError: the state dict is empty on all ranks, or another argument is not valid.
             CheckpointError: what `reshard.load` raises for other reasons than damage.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,9 +19,6 @@ from .run_catalog import Ancestors, RunEntry, branch, next_sequence, step_folder
 from .run_location import Rewind, RunLocation
 
 logger = logger_of(__name__)
-TAKEOVER_MS = 120_000
-"""How far the numbers of a new manager are above the time at which the old one last renewed its lease. The old manager
-notices within 30 s that it has lost the lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +74,11 @@ class RunController:
         self._not_copied: dict[str, str] = {}
         """Folders that could not be copied to the mirror, and why."""
         self._reading: list[Candidate] = []
-        self._first_sequence = 0
+        self._first_sequence = max(location.first_sequence for location in self._locations)
         """The next save gets at least this number."""
-        for location in self._locations:
-            if location.was_taken_over:  # its manager may still commit a save or a copy, with a number of its own clock
-                last = max(self._next_sequence(), int(location.taken_over_at * 1000))
-                self._first_sequence = max(self._first_sequence, last + TAKEOVER_MS)
+        if self._first_sequence > time.time() * 1000:
+            for location in self._locations:
+                location.note_sequence(self._first_sequence, at_once=True)
         self._pool = Pool(1, "reshard-manager")
 
     def begin(self) -> None:
@@ -140,6 +137,8 @@ class RunController:
         )
         is_skipped = is_saved and not force
         if not is_skipped:
+            for location in self._locations:
+                location.note_sequence(entry.sequence)
             with ExitStack() as on_failure:  # `protect` may be interrupted while it waits
                 for location in self._locations:
                     location.protect([entry.folder])
@@ -215,8 +214,8 @@ class RunController:
     def begin_restore(self, step: int | None) -> list[Candidate]:
         """List the checkpoints again, and return those that can be loaded, the best first. They are not removed.
 
-        Incomplete checkpoints that are later than the last complete one are included, with the reason. Of one step, the
-        copy at the root comes before the one on the mirror.
+        Checkpoints that cannot be loaded are included, with the reason, if they are later than the last one that can be
+        loaded. Of one step, the copy at the root comes before the one on the mirror.
 
         Args:
             step: the only step to return, or None for all steps of the current branch.
@@ -225,6 +224,7 @@ class RunController:
         if self._copier is not None and not self.root.is_shared:
             self._copier.wait()  # only the mirror has a complete copy
         for location in self._locations:
+            location.check_lease()  # a location that was unmounted looks like a new run
             location.refresh()
         entries = [entry for location in self._locations for entry in location.entries()]
         wanted = {(entry.step, entry.sequence) for entry in branch(entries)}
@@ -232,15 +232,18 @@ class RunController:
             found_of_step = {found for found in wanted if found[0] == step}
             others = ((step, entry.sequence) for entry in entries if entry.step == step and entry.is_complete)
             wanted = found_of_step or set(sorted(others)[-1:])
-        last = max((found for found, _ in wanted), default=-1)
         candidates = []
         for location in self._locations:
             for entry in location.entries():
-                is_loadable = entry.is_complete and (entry.step, entry.sequence) in wanted and not entry.is_partial
-                is_broken = not entry.is_complete and entry.step > last and step in (None, entry.step)
-                if is_loadable or is_broken:
+                if not entry.is_complete or (entry.step, entry.sequence) in wanted:
                     uri = location.uri_of(entry.folder)
-                    candidates.append(Candidate(entry, uri, on_mirror=location is self._mirror))
+                    candidates.append(Candidate(_with_problem(entry), uri, on_mirror=location is self._mirror))
+        last = max((found.entry.step for found in candidates if found.entry.is_complete), default=-1)
+        candidates = [
+            found
+            for found in candidates
+            if found.entry.is_complete or (found.entry.step > last and step in (None, found.entry.step))
+        ]
         self._reading = sorted(candidates, key=lambda found: (-found.entry.step, found.on_mirror))
         for location in self._locations:
             location.protect(self._folders_read_from(location))
@@ -317,6 +320,17 @@ class RunController:
         if result.is_complete:
             self._mirror.remove_not_kept()
         self.root.remove_not_kept()
+
+
+def _with_problem(entry: RunEntry) -> RunEntry:
+    """Return a checkpoint with a problem if no rank sees all of it."""
+    if not entry.is_partial or entry.problem:
+        return entry
+    error = StoreError(
+        "each rank sees only what it wrote itself, and the mirror has no complete copy. Continue on the machines that "
+        "saved it, or remove its folder on all of them"
+    )
+    return replace(entry, problem=str(error), error=error)
 
 
 def with_step(saved: Sequence[SavedStep], new: SavedStep) -> tuple[SavedStep, ...]:

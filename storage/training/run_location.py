@@ -182,17 +182,24 @@ class RunLocation:
         return [entry for entry in entries if entry.step in steps]
 
     @property
-    def was_taken_over(self) -> bool:
-        """Whether the previous manager has not released its lease, and may still run."""
-        return self._lease is not None and self._lease.was_taken_over
+    def first_sequence(self) -> int:
+        """The smallest number for a save that no earlier manager of this location has used."""
+        return 0 if self._lease is None else self._lease.first_sequence
 
-    @property
-    def taken_over_at(self) -> float:
-        """When the previous manager last renewed its lease, by its clock, in seconds since 1970."""
-        return 0.0 if self._lease is None else self._lease.previous_time
+    def note_sequence(self, number: int, *, at_once: bool = False) -> None:
+        """Let later managers of this location use larger numbers, also if they do not see the save.
+
+        Args:
+            number: the number of a save.
+            at_once: whether to store it now, and not within a few seconds. This may raise a StoreError.
+        """
+        if self._lease is not None:
+            self._lease.note_sequence(number)
+            if at_once:
+                self._lease.renew()
 
     def check_lease(self) -> None:
-        """Raise RunInUseError if another manager has taken over this location."""
+        """Raise RunInUseError if another manager has taken over this location, or StoreError if it is gone."""
         if self._lease is not None:
             self._lease.check()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import pickle
 import subprocess
 import sys
 import threading
@@ -576,6 +577,13 @@ def test_a_lazy_parameter_shares_the_memory_of_its_new_data(checkpoint: reshard.
             assert torch.equal(parameter + 0, take(new))
             parameter.mul_(2)
             assert take(new)[0, 0] == parameter[0, 0]
+
+
+def test_lazy_weights_are_not_pickled(checkpoint: reshard.Checkpoint) -> None:
+    weights = checkpoint.lazy()
+    with pytest.raises(ArgumentError, match=r"pickle the Checkpoint, and call its lazy\(\)"):
+        pickle.dumps(weights)
+    assert copy.copy(weights).keys() == weights.keys()
 
 
 def test_lazy_modules_can_be_copied_and_pickled(checkpoint: reshard.Checkpoint) -> None:

@@ -82,14 +82,14 @@ if __name__ == "__main__":
 """
 
 
-def run(code: str, place: Place, tmp_path: Path) -> str:
+def run(code: str, place: Place, tmp_path: Path, torch_threads: int = 1) -> str:
     """Run a script in a process with a time limit, which kills children that hang."""
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + textwrap.indent(textwrap.dedent(code), "    "))
     done = subprocess.run(
         [sys.executable, str(script), place[0], json.dumps(place[1])],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch_threads)},
         capture_output=True,
         text=True,
         timeout=MAX_S,
@@ -141,6 +141,31 @@ def test_a_child_can_make_every_call(saved: Place, tmp_path: Path) -> None:
     with_its_own_objects()
     """
     run(code, saved, tmp_path)
+
+
+@pytest.mark.parametrize("store_name", ["local"])
+def test_a_child_does_not_wait_for_the_threads_that_torch_had_in_its_parent(saved: Place, tmp_path: Path) -> None:
+    code = """
+    large = {"i": torch.arange(500_000), "f": torch.rand(500_000)}
+    other = {"i": large["i"], "f": large["f"] + 1}  # torch starts its threads
+    for name, values in (("a", large), ("b", other)):
+        reshard.save(values, f"{uri}-{name}")
+
+    def compare():
+        assert [found.changed for found in reshard.diff(f"{uri}-a", f"{uri}-b")] == [500_000]
+        assert reshard.diff(f"{uri}-a", f"{uri}-a") == []
+
+    def load_smaller_integers():
+        loaded = {"i": torch.empty(500_000, dtype=torch.int32)}
+        reshard.load(loaded, f"{uri}-a")
+        assert (loaded["i"].numpy() == large["i"].numpy()).all()
+        assert torch.get_num_threads() == 2
+
+    in_child(compare)
+    in_child(load_smaller_integers)
+    assert torch.get_num_threads() == 2
+    """
+    run(code, saved, tmp_path, torch_threads=2)
 
 
 @pytest.mark.parametrize("store_name", ["moto"])

@@ -229,6 +229,19 @@ def test_a_busy_azure_is_a_transient_failure() -> None:
     assert isinstance(translated(ServiceRequestError("lost"), "write", "a", "abfs://c"), UnavailableError)
 
 
+@pytest.mark.parametrize("endpoint", ["http://host.invalid:80", "https://127.0.0.1:{port}"])
+def test_the_error_says_why_there_is_no_connection(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second server does not understand TLS."""
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = {"endpoint_url": endpoint.format(port=server.server_port), "region_name": "us-east-1"}
+        store = open_store("s3://bucket/x", {"key": "a", "secret": "b", "client_kwargs": client})
+        with pytest.raises(UnavailableError, match="check the host of the endpoint, and whether it uses http or https"):
+            store.read("a", 0, 1)
+        server.shutdown()
+
+
 OTHER_VARIABLES = {
     "AZURE_STORAGE_USE_EMULATOR": "true",
     "AZURE_STORAGE_TOKEN": "of-another-login",

@@ -26,7 +26,7 @@ from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import lease as lease_module
 from reshard.storage.training import mirror as mirror_module
 from reshard.storage.training.lease import Lease
-from reshard.storage.training.mirror import CopyResult
+from reshard.storage.training.mirror import CopyResult, MirrorCopier
 from reshard.storage.training.run_catalog import RunEntry, metadata_of
 from reshard.storage.training.run_controller import RunController
 from tests.conftest import Place
@@ -285,6 +285,53 @@ def test_two_machines_that_continue_from_one_step_do_not_mix_their_checkpoints(t
     assert [value_of(tmp_path / "mirror", step) for step in steps] == [100 + step for step in steps]
 
 
+@pytest.mark.parametrize("is_released", [False, True])
+@pytest.mark.parametrize("clock_ahead_s", [0, 3600])
+def test_numbers_of_a_machine_are_known_to_the_next_machine_without_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_released: bool, clock_ahead_s: int
+) -> None:
+    """A manager that takes over uses numbers of the future. So does one on a machine whose clock is ahead."""
+    monkeypatch.setattr(Lease, "_has_released", lambda self, holder: True)
+    options: dict[str, Any] = {"mirror": tmp_path / "mirror", "asynchronous": False, "signals": ()}
+
+    def manager_on(disk: str) -> reshard.CheckpointManager:
+        monkeypatch.setattr(lease_module, "_held", {})
+        return reshard.CheckpointManager(tmp_path / disk, **options)
+
+    def save_and_leave(step: int, *, is_copied: bool) -> None:
+        with monkeypatch.context() as patch:
+            if not is_copied:
+                patch.setattr(MirrorCopier, "submit", lambda *_, **__: None)
+            manager = manager_on("a")
+            manager.restore(state(0))
+            train(manager, [step])
+        if is_copied:
+            manager.wait()
+        if is_released:
+            manager._end()
+        left.append(manager)
+
+    left: list[reshard.CheckpointManager] = []
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + clock_ahead_s)
+    save_and_leave(2, is_copied=True)
+    save_and_leave(4, is_copied=False)
+    save_and_leave(6, is_copied=False)
+    monkeypatch.setattr(time, "time", clock)
+    with manager_on("b") as manager:
+        assert restored(manager) == 2
+        for step in (3, 5):
+            manager.save(step, state(100 + step))
+    with manager_on("a") as manager:
+        assert manager.restore(loaded := state(0)) == 5
+        assert loaded["w"].eq(105).all()
+        manager.save(7, state(107))
+    assert [value_of(tmp_path / "mirror", step) for step in (2, 3, 5, 7)] == [2, 103, 105, 107]
+    assert steps_in(tmp_path / "mirror") == [2, 3, 5, 7]
+    for manager in left:
+        manager._end()
+
+
 @pytest.mark.parametrize("keeps_best", [False, True])
 def test_checkpoints_of_two_machines_are_not_mixed_after_some_were_removed(tmp_path: Path, keeps_best: bool) -> None:
     """The checkpoint before a save may have been removed, and an abandoned one has a smaller number than that."""
@@ -412,6 +459,40 @@ def test_lost_mirror_lease_stops_the_manager(tmp_path: Path) -> None:
         train(manager, [1])
         with pytest.raises(errors.RunInUseError):
             reshard.CheckpointManager(tmp_path / "elsewhere", mirror=tmp_path / "mirror")
+
+
+@pytest.mark.parametrize("which", ["root", "mirror"])
+@pytest.mark.parametrize("becomes", ["nothing", "empty", "file"])
+def test_a_location_that_disappears_is_an_error(
+    tmp_path: Path, which: str, becomes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For example, it was unmounted. A restore must not return None, as if the run were new."""
+    place = tmp_path / which
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        manager.wait()
+        place.rename(tmp_path / "away")
+        if becomes == "empty":
+            place.mkdir()
+        elif becomes == "file":
+            place.write_bytes(b"x")
+        with pytest.raises(errors.StoreError):
+            manager.restore(state(0))
+        if which == "root":
+            with pytest.raises(errors.StoreError):
+                manager.save(2, state(2))
+        else:
+            manager.save(2, state(2))
+            with pytest.raises(errors.StoreError, match="could not be copied to the mirror"):
+                manager.wait()
+        assert not list(tmp_path.glob(f"{which}/**/*.json"))  # no new lease, which would hide the loss
+        if place.exists():
+            place.unlink() if becomes == "file" else shutil.rmtree(place)
+        (tmp_path / "away").rename(place)
+        manager.save(3, state(3))
+        manager.wait()
+        assert restored(manager) == 3
+    assert value_of(tmp_path / "mirror", 3) == 3
 
 
 def sharded_state(value: float) -> dict[str, Any]:
@@ -583,6 +664,29 @@ def resume_on_nodes(folder: str) -> tuple[str, list[int]]:
         return str(error), []
     finally:
         os.chdir(before)
+
+
+def restore_on_own_disks(folder: str) -> tuple[str, int | None]:
+    before = os.getcwd()
+    os.chdir(Path(folder) / f"disk-{dist.get_rank()}")
+    try:
+        with reshard.CheckpointManager("run", mirror=f"{folder}/mirror", read_only=True) as manager:
+            return "", manager.restore(sharded_state(-1))
+    except errors.StoreError as error:
+        return str(error), None
+    finally:
+        os.chdir(before)
+
+
+def test_a_checkpoint_of_which_each_rank_sees_a_part_is_not_passed_over_silently(
+    ranks: RankPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks.run(2, save_on_nodes, str(tmp_path), 1)
+    shutil.rmtree(tmp_path / "mirror")
+    for message, restored in ranks.run(2, restore_on_own_disks, str(tmp_path)):
+        assert restored is None
+        assert "none of the checkpoints of this run can be loaded: step 2" in message
+        assert "each rank sees only what it wrote itself" in message
 
 
 def restore_read_only(folder: str) -> str:

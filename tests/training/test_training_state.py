@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import reshard
@@ -634,6 +635,112 @@ def test_lightning_continues_a_fit(tmp_path: Path, accumulated: int) -> None:
     run = str(tmp_path / "run")
     assert fit_by_lightning(run, 6, accumulated=accumulated)["steps"] == [6]
     torch.testing.assert_close(fit_by_lightning(run, 9, accumulated=accumulated), expected)
+
+
+def fit_epochs(
+    folder: Path, epochs: int, *, before: Sequence[Any] = (), after: Sequence[Any] = (), save_every: int = 4
+) -> dict[str, Any]:
+    """Return the model, the rates and the metrics of the last step after epochs of 4 batches and a validation.
+
+    Args:
+        before, after: callbacks that Lightning calls before and after that of reshard.
+    """
+    import pytorch_lightning as pl
+
+    from reshard.integrations.lightning import CheckpointCallback
+
+    class Lit(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.ends: torch.Tensor
+            self.register_buffer("ends", torch.zeros(()))
+
+        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(batch).square().mean()
+            return loss
+
+        def validation_step(self, batch: torch.Tensor, _: int) -> None:
+            self.log("steps", float(self.global_step))
+            self.log("loss", self.net(batch).square().mean())
+
+        def on_train_epoch_end(self) -> None:
+            self.ends += 1
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            plateau = ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "loss"}}
+
+    module = Lit()
+    data = torch.utils.data.DataLoader([X[0]] * 8, batch_size=2)  # type: ignore[arg-type, var-annotated]
+    with (
+        warnings.catch_warnings(),
+        reshard.CheckpointManager(folder, save_every=save_every, asynchronous=False) as manager,
+    ):
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            callbacks=[*before, CheckpointCallback(manager), *after],
+            accelerator="cpu",
+            devices=1,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            logger=False,
+        )
+        trainer.fit(module, data, data)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups] if trainer.optimizers else []
+        return {
+            **{name: values.detach() for name, values in module.state_dict().items()},
+            "rates": torch.tensor(rates),
+            "step": trainer.global_step,
+            "metrics": manager.checkpoints()[-1].metrics,
+        }
+
+
+@pytest.mark.slow
+def test_lightning_saves_the_end_of_an_epoch_with_its_validation(tmp_path: Path) -> None:
+    """A fit that continues there is the same as one that was not interrupted, and a finished one makes no steps."""
+    expected = fit_epochs(tmp_path / "whole", 4)
+    assert expected["metrics"]["steps"] == expected["step"] == 16
+    assert expected["ends"] == 4
+    assert fit_epochs(tmp_path / "run", 2)["step"] == 8
+    torch.testing.assert_close(fit_epochs(tmp_path / "run", 4), expected)
+    torch.testing.assert_close(fit_epochs(tmp_path / "run", 4), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [
+        ("on_train_batch_start", 1, 2),
+        ("on_train_batch_end", 2, 2),
+        ("on_train_batch_end", 4, 4),
+        ("on_validation_batch_start", 4, 4),
+        ("on_train_epoch_end", 4, 4),
+        ("on_train_epoch_end", 8, 8),
+    ],
+)
+def test_lightning_saves_once_more_after_sigterm(
+    tmp_path: Path, hook: str, step: int, saved: int, is_first: bool
+) -> None:
+    import pytorch_lightning as pl
+
+    class Terminator(pl.Callback):
+        def terminate(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    setattr(Terminator, hook, Terminator.terminate)
+    where = "before" if is_first else "after"
+    with pytest.raises(SystemExit):
+        fit_epochs(tmp_path, 2, save_every=100, **{where: [Terminator()]})
+    with reshard.CheckpointManager(tmp_path, read_only=True) as manager:
+        assert manager.steps() == [saved]
+    assert fit_epochs(tmp_path, 2, save_every=100)["step"] == 8
 
 
 def fit_on_ranks(folder: str, steps: int, kind: str) -> dict[str, Any]:
