@@ -6,6 +6,7 @@ It is a callback of `pytorch_lightning` if only that is imported or installed, a
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,11 @@ class _Loops:
         self._fit_loop = fit_loop
         self._at_epoch_end: dict[str, Any] | None = None
 
-    def keep(self) -> None:
-        """Keep the counters of this moment as the state, until `release`."""
+    def freeze(self) -> None:
+        """Return the counters of this moment from `state_dict` until `unfreeze` is called."""
         self._at_epoch_end = self._fit_loop.state_dict()
 
-    def release(self) -> None:
+    def unfreeze(self) -> None:
         self._at_epoch_end = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -42,6 +43,11 @@ class _Loops:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._fit_loop.load_state_dict(state)
+        epochs = self._fit_loop.epoch_progress.current
+        if epochs.ready == epochs.started == epochs.processed:
+            # The epoch is complete. If `max_steps` is set, Lightning would run the end of it again.
+            for loop in (self._fit_loop, self._fit_loop.epoch_loop, self._fit_loop.epoch_loop.val_loop):
+                loop._restarting = False
 
 
 class CheckpointCallback(Callback):
@@ -51,8 +57,10 @@ class CheckpointCallback(Callback):
     and the counters of the loops. The metrics are those that were logged. The fit ends when the manager says so. As
     when Lightning resumes by itself, the data of an epoch begins again unless its data loader has a state. Several
     optimizers make several steps in a batch: if one of them is due, the last one is saved. The last step of an epoch is
-    saved after the validation and `on_train_epoch_end`. When Lightning ends the fit after SIGTERM, the last step is
-    saved.
+    saved after the validation and `on_train_epoch_end`.
+
+    After SIGTERM, Lightning ends a fit on one device by an error, and the callback then saves the last step. On several
+    devices, the manager handles the signal.
 
     Args:
         manager: the manager. Pass `enable_checkpointing=False` to the Trainer, or it saves checkpoints of its own, too.
@@ -60,7 +68,11 @@ class CheckpointCallback(Callback):
 
     def __init__(self, manager: reshard.CheckpointManager) -> None:
         self._manager = manager
+        self._loops: _Loops | None = None
+        """None if there is no fit."""
         self._state: dict[str, Any] = {}
+        self._handler: Any = None
+        """What handled SIGTERM before Lightning."""
         self._step = 0
         """The last step that was passed to the manager."""
         self._saved_step = 0
@@ -75,6 +87,12 @@ class CheckpointCallback(Callback):
         )
         self._manager.restore(self._state)
         self._step = self._saved_step = trainer.global_step
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # On several ranks, Lightning's handler makes a collective, which can meet one of the training on another rank.
+        if trainer.world_size > 1 and self._manager.handles(signal.SIGTERM):
+            signal.signal(signal.SIGTERM, self._handler)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,19 +101,27 @@ class CheckpointCallback(Callback):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The hook of the module, and schedulers that depend on a metric, come after this. But the loops can only be
-        # resumed from the counters that they have now.
-        self._loops.keep()
+        # The hook of the module, and schedulers that depend on a metric, come after this. But Lightning can only resume
+        # from the counters that the loops have now.
+        if self._loops is not None and trainer.global_step != self._step:
+            self._loops.freeze()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+        if self._manager.should_stop and trainer.fit_loop._can_stop_early:
+            raise StopIteration  # Lightning ends the fit, before it begins the epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) and trainer.global_step != self._saved_step:
-            self._save(trainer, force=True)
+        # On several ranks, others may not come here.
+        if isinstance(exception, SIGTERMException) and trainer.world_size == 1 and self._loops is not None:
+            self._save(trainer, force=trainer.global_step != self._saved_step)
+        self._loops = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loops = None
 
     def _save(self, trainer: Trainer, *, force: bool = False) -> None:
         if trainer.global_step != self._step or force:  # otherwise gradients are accumulated
@@ -105,4 +131,5 @@ class CheckpointCallback(Callback):
             if self._manager.save(self._step, self._state, trainer.callback_metrics, force=was_due or force):
                 self._saved_step = self._step
             trainer.should_stop = trainer.should_stop or self._manager.should_stop
-        self._loops.release()
+        if self._loops is not None:
+            self._loops.unfreeze()

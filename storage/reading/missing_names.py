@@ -140,8 +140,8 @@ class MissingNames:
             (outer,) = outer_names
             return f"it has {f'{outer}.{missing}'!r}: nest the state dict under {outer!r}"
         for name in names:
-            if missing.endswith(f".{name}"):
-                outer = missing.removesuffix(name)[:-1]
+            outer = missing.removesuffix(name)[:-1]
+            if missing.endswith(f".{name}") and not any(other.startswith(f"{outer}.") for other in names):
                 return f"it has {name!r}: the state dict is nested too deeply, remove the outer key {outer!r}"
         for path, value in self._match.decoded.items():
             if isinstance(value, Mapping) and missing.startswith(f"{name_of(path)}."):
@@ -149,10 +149,10 @@ class MissingNames:
                     f"{name_of(path)!r} is an empty dict in the checkpoint: use an empty dict in the state dict, or "
                     "pass allow_missing= or exclude= for its items"
                 )
-        if resize := self.describe_resize(missing):
-            return f"{resize}: {_SAME_ITEMS}"
         near = nearest_names(missing, names, 5) or names[:5]
         found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
+        if resize := self.describe_resize(missing):
+            return f"{resize}, and {found}: {_SAME_ITEMS}"
         return (
             f"{found if names else 'it is empty'}; pass allow_missing= with patterns of names that may be missing, or "
             "strict=False to skip all missing names"

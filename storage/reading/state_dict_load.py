@@ -5,6 +5,7 @@ A `CheckedLoad` becomes a `PreparedLoad`, and this a `FinishedLoad`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,7 +162,7 @@ class PreparedLoad:
         new_values = [(leaf, values[leaf.name]) for leaf in checked.value_leaves]
         for leaf, names in match.containers:
             items = {name: self._item_tensors[name] if name in self._item_tensors else values[name] for name in names}
-            new_values.append((leaf, _assemble(match, leaf, items)))
+            new_values.append((leaf, _in_class_of(leaf.value, _assemble(match, leaf, items))))
         casts = tuple(checked.casts.values())
         with_nested = replace(added(report, match.report), seconds=report.seconds, cast=casts)
         return FinishedLoad(counting_metadata(with_nested, checked.source), (*new_values, *match.nested))
@@ -191,6 +192,16 @@ def _assemble(match: NameMatch, leaf: Leaf, items: Mapping[str, Any]) -> Any:
         is_known = name_of(path[: len(leaf.path)]) == leaf.name
         paths[name] = (top, *(path[len(leaf.path) :] if is_known else (name[len(leaf.name) + 1 :],)))
     return nest(items, paths)[top]
+
+
+def _in_class_of(empty: Any, items: Any) -> Any:
+    """Return the items of a dict in a dict of the class of an empty one, such as a defaultdict."""
+    if type(empty) is dict or not isinstance(empty, dict):
+        return items
+    filled = copy.copy(empty)
+    for key, item in items.items():
+        filled[key] = item
+    return filled
 
 
 def _empty(match: NameMatch, name: str) -> torch.Tensor:

@@ -44,7 +44,7 @@ def without_torch_modes() -> Iterator[None]:
                 stack.enter_context(_disable_current_modes())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            if generation():
+            if generation() and torch.get_num_threads() > 1:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(1)
             yield

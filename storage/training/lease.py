@@ -17,7 +17,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ...planner.errors import CheckpointError
@@ -82,7 +82,8 @@ class LeaseMark:
 def _holder_in(store: Store, name: str) -> Holder | None:
     """Return the holder of a lease; None if the object is gone or cannot be understood."""
     try:
-        return Holder(**json.loads(bytes(store.read(name, 0, _MAX_BYTES))))
+        found = json.loads(bytes(store.read(name, 0, _MAX_BYTES)))
+        return Holder(**{field.name: found[field.name] for field in fields(Holder) if field.name in found})
     except (ObjectNotFoundError, ValueError, TypeError):
         return None
 
@@ -220,7 +221,7 @@ class Lease:
                 return
             self._lost = CLOSED
             with cleaning_up():  # a store that does not answer must not keep the process for long
-                if max(self._numbers(), default=0) == self._number:
+                if max(self._numbers(), default=0) == self._number and self.mark.is_in(self._store):
                     released = replace(self._holder, released=True, time=time.time(), sequence=self._sequence)
                     self._write(self._number, released, overwrite=True)
         except CheckpointError as error:
@@ -231,7 +232,10 @@ class Lease:
     def _check(self, numbers: Sequence[int]) -> None:
         if self._lost or max(numbers, default=0) > self._number:
             self._lose(max(numbers, default=0))
-        if self._number not in numbers and self._read(self._number) is None:
+        found = self._read(self._number)
+        if found is not None and found.id != self._holder.id:  # the folder was removed, and another manager created it
+            self._lose(self._number)
+        if found is None:
             raise StoreError(
                 f"the manager's object {_name(self._number)} in {self._store.location} is gone: the folder was "
                 "removed, replaced or unmounted. Make it available again, or close this manager and create a new one"
@@ -257,17 +261,21 @@ class Lease:
 
     def _keep_renewing(self, every_s: float) -> None:
         stop = current_stop()
+        has_failed = False
         while not self._is_closing.wait(every_s):
             with self._lock:
                 if self._lost or stop.wait(0):
                     return
                 try:
                     self._renew()
+                    has_failed = False
                 except RunInUseError as error:
                     logger.error("%s", error)
                     return
                 except Exception as error:  # the next renewal may succeed
-                    logger.warning("the lease of %s could not be renewed: %s", self._store.location, error)
+                    if not has_failed:
+                        logger.warning("the lease of %s could not be renewed: %s", self._store.location, error)
+                    has_failed = True
 
     def _is_abandoned(self) -> bool:
         return self._owner is not None and self._owner() is None

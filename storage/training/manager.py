@@ -292,6 +292,10 @@ class CheckpointManager:
         """Return where the checkpoint of a step is stored, whether or not it exists."""
         return join_location(self._root, step_folder(_whole_number("step", step)))
 
+    def handles(self, number: signal.Signals | int) -> bool:
+        """Return whether all ranks make one last save after a signal. See `signals`."""
+        return self._signals.handles(number)
+
     def is_due(self, step: int) -> bool:
         """Return whether `save` saves a step without being forced or requested to."""
         return self._save_every is None or _whole_number("step", step) % self._save_every == 0

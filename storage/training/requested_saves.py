@@ -273,6 +273,10 @@ class StopSignals:
         for number in wanted:
             self._previous[number] = signal.signal(number, self._handle)
 
+    def handles(self, number: int) -> bool:
+        """Return whether this handles a signal."""
+        return number in self._previous and not self._is_closed
+
     def _handler_below(self, number: int) -> Any:
         """Return the handler that this one replaced. Those of managers that were closed are left out."""
         previous = self._previous.get(number)

@@ -233,6 +233,13 @@ def test_missing_tensor_error_shows_similar_names() -> None:
         reshard.load({"model": {"fc9.weight": torch.zeros(2)}}, store)
     with pytest.raises(errors.MissingTensorError, match="nested too deeply, remove the outer key 'state'"):
         reshard.load({"state": {"model": {"fc1.weight": torch.zeros(2)}}}, store)
+    reshard.save({"w": 1, "model": {"a": 1, "weight": 2}}, store, overwrite=True)
+    with pytest.raises(errors.MissingTensorError, match=r"no 'model\.w'; it has .*'model\.weight'"):
+        reshard.load({"model": {"a": 0, "w": 0}}, store)
+    with pytest.raises(
+        errors.MissingTensorError, match=r"has 2 items .* and 1 .*, and it has .*'model\.weight'.*: use"
+    ):
+        reshard.load({"model": {"wieght": 0}}, store)
     reshard.save({"lr": 1, "groups": [{"lr": 1}]}, store, overwrite=True)
     with pytest.raises(errors.MissingTensorError, match="the list 'groups' has 1 items in the checkpoint and 2 in"):
         reshard.load({"groups": [{"lr": 0}, {"lr": 0}]}, store)

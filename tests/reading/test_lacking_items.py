@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -74,6 +75,18 @@ class WithExtraState(nn.Linear):
 
     def set_extra_state(self, state: Any) -> None:
         self.extra = state
+
+
+@pytest.mark.parametrize("new", [OrderedDict(), defaultdict(list), Counter(), {}])
+def test_an_empty_dict_is_replaced_by_one_of_its_class(new: dict[str, Any], tmp_path: Path) -> None:
+    reshard.save({"p": Part({"a": 1, "b": 2})}, tmp_path)
+    part = Part(new)
+    reshard.load({"p": part}, tmp_path)
+    assert type(part.loaded) is type(new)
+    assert dict(part.loaded) == {"a": 1, "b": 2}
+    assert not new
+    if isinstance(part.loaded, defaultdict):
+        assert part.loaded["c"] == []
 
 
 def test_the_extra_state_of_a_module_receives_what_it_lacks_but_its_parameters_do_not(tmp_path: Path) -> None:

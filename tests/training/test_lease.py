@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,32 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+@pytest.mark.parametrize("calls", [(), ("check", "renew"), ("renew",)])
+def test_a_manager_in_a_folder_that_was_created_again_is_detected(tmp_path: Path, calls: tuple[str, ...]) -> None:
+    """The objects of both leases have the same name."""
+    old = Lease(str(tmp_path), renew_every_s=3600)
+    shutil.rmtree(tmp_path / FOLDER)
+    new = Lease(str(tmp_path), renew_every_s=3600)
+    assert old.mark.name == new.mark.name
+    for call in calls:
+        with pytest.raises(errors.RunInUseError, match="another manager has taken over this run"):
+            getattr(old, call)()
+    new.renew()
+    old.release()
+    assert not holder_of(tmp_path)["released"]
+    new.release()
+
+
+def test_a_lease_of_a_later_version_is_understood(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path), renew_every_s=3600)
+    change_holder(tmp_path, new_field=1)
+    lease.check()
+    lease.release()
+    later = Lease(str(tmp_path))
+    assert later.first_sequence <= time.time() * 1000  # it was not taken over
+    later.release()
 
 
 def test_second_manager_in_one_process_is_refused(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import copy
 import os
 import random
 import signal
+import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -638,14 +640,24 @@ def test_lightning_continues_a_fit(tmp_path: Path, accumulated: int) -> None:
 
 
 def fit_epochs(
-    folder: Path, epochs: int, *, before: Sequence[Any] = (), after: Sequence[Any] = (), save_every: int = 4
+    folder: Path | str,
+    epochs: int,
+    *,
+    before: Sequence[Any] = (),
+    after: Sequence[Any] = (),
+    save_every: int = 4,
+    limit: str = "max_epochs",
+    validates: bool = True,
+    devices: int = 1,
 ) -> dict[str, Any]:
-    """Return the model, the rates and the metrics of the last step after epochs of 4 batches and a validation.
+    """Return the model, the rates and the metrics of the last step after epochs of 4 batches.
 
     Args:
         before, after: callbacks that Lightning calls before and after that of reshard.
+        limit: what ends the fit: "max_epochs", "max_steps" or "both".
     """
     import pytorch_lightning as pl
+    from pytorch_lightning.strategies import DDPStrategy
 
     from reshard.integrations.lightning import CheckpointCallback
 
@@ -670,45 +682,76 @@ def fit_epochs(
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
             plateau = ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "loss"}}
+            with_loss = {"scheduler": plateau, "monitor": "loss"}
+            return {"optimizer": optimizer, "lr_scheduler": with_loss if validates else StepLR(optimizer, 1, 0.5)}
 
     module = Lit()
-    data = torch.utils.data.DataLoader([X[0]] * 8, batch_size=2)  # type: ignore[arg-type, var-annotated]
+    data = torch.utils.data.DataLoader([X[0]] * 8 * devices, batch_size=2)  # type: ignore[arg-type, var-annotated]
     with (
         warnings.catch_warnings(),
         reshard.CheckpointManager(folder, save_every=save_every, asynchronous=False) as manager,
     ):
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
-            max_epochs=epochs,
+            max_epochs=-1 if limit == "max_steps" else epochs,
+            max_steps={"max_epochs": -1, "max_steps": 4 * epochs, "both": 1000}[limit],
             callbacks=[*before, CheckpointCallback(manager), *after],
             accelerator="cpu",
-            devices=1,
+            devices=devices,
+            strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
             num_sanity_val_steps=0,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
             logger=False,
         )
-        trainer.fit(module, data, data)
+        trainer.fit(module, data, data if validates else None)
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups] if trainer.optimizers else []
         return {
             **{name: values.detach() for name, values in module.state_dict().items()},
             "rates": torch.tensor(rates),
             "step": trainer.global_step,
             "metrics": manager.checkpoints()[-1].metrics,
+            "saved": manager.steps(),
         }
 
 
 @pytest.mark.slow
-def test_lightning_saves_the_end_of_an_epoch_with_its_validation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("validates", [False, True])
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps", "both"])
+def test_lightning_saves_the_end_of_an_epoch_with_its_validation(tmp_path: Path, limit: str, validates: bool) -> None:
     """A fit that continues there is the same as one that was not interrupted, and a finished one makes no steps."""
-    expected = fit_epochs(tmp_path / "whole", 4)
-    assert expected["metrics"]["steps"] == expected["step"] == 16
+    expected = fit_epochs(tmp_path / "whole", 4, limit=limit, validates=validates)
+    assert expected["step"] == 16
+    assert expected["metrics"].get("steps") == (16 if validates else None)
     assert expected["ends"] == 4
-    assert fit_epochs(tmp_path / "run", 2)["step"] == 8
-    torch.testing.assert_close(fit_epochs(tmp_path / "run", 4), expected)
-    torch.testing.assert_close(fit_epochs(tmp_path / "run", 4), expected)
+    assert fit_epochs(tmp_path / "run", 2, limit=limit, validates=validates)["step"] == 8
+    for _ in range(2):
+        torch.testing.assert_close(fit_epochs(tmp_path / "run", 4, limit=limit, validates=validates), expected)
+
+
+@pytest.mark.slow
+def test_lightning_begins_no_epoch_after_a_stop_at_the_end_of_one(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    from reshard.integrations.lightning import CheckpointCallback
+
+    class Observer(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
+            hooks.append("batch")
+            if len(hooks) == 4:
+                (ours,) = (one for one in trainer.callbacks if isinstance(one, CheckpointCallback))
+                ours._manager.save_now(stop=True)
+                time.sleep(1)  # the ranks agree meanwhile
+
+        def on_train_epoch_end(self, *_: Any, **__: Any) -> None:
+            hooks.append("end")
+
+    hooks: list[str] = []
+    assert fit_epochs(tmp_path, 3, after=[Observer()], save_every=100)["saved"] == [4]
+    assert hooks == ["batch"] * 4 + ["end"]
+    assert fit_epochs(tmp_path, 3, after=[Observer()], save_every=100)["ends"] == 3
+    assert hooks == (["batch"] * 4 + ["end"]) * 3
 
 
 @pytest.mark.slow
@@ -735,24 +778,52 @@ def test_lightning_saves_once_more_after_sigterm(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     setattr(Terminator, hook, Terminator.terminate)
-    where = "before" if is_first else "after"
+    callbacks = [Terminator()]
     with pytest.raises(SystemExit):
-        fit_epochs(tmp_path, 2, save_every=100, **{where: [Terminator()]})
+        fit_epochs(tmp_path, 2, save_every=100, before=callbacks * is_first, after=callbacks * (not is_first))
     with reshard.CheckpointManager(tmp_path, read_only=True) as manager:
         assert manager.steps() == [saved]
     assert fit_epochs(tmp_path, 2, save_every=100)["step"] == 8
 
 
-def fit_on_ranks(folder: str, steps: int, kind: str) -> dict[str, Any]:
+@contextmanager
+def as_torchrun() -> Iterator[None]:
+    """Set the variables that torchrun sets."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     torchrun = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "0"}
     before = dict(os.environ)
     os.environ |= {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     try:
-        return fit_by_lightning(folder, steps, kind)
+        yield
     finally:
         os.environ.clear()
         os.environ |= before
+
+
+def fit_on_ranks(folder: str, steps: int, kind: str) -> dict[str, Any]:
+    with as_torchrun():
+        return fit_by_lightning(folder, steps, kind)
+
+
+def fit_until_sigterm(folder: str, signalled: int) -> list[int]:
+    import pytorch_lightning as pl
+
+    class Terminator(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+            if trainer.global_step == 2 and dist.get_rank() == signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # the ranks agree meanwhile
+
+    with as_torchrun():
+        saved: list[int] = fit_epochs(folder, 50, after=[Terminator()], save_every=1000, devices=2)["saved"]
+        return saved
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_lightning_saves_once_more_after_sigterm_on_one_rank(ranks: RankPool, tmp_path: Path, signalled: int) -> None:
+    first, second = ranks.run(2, fit_until_sigterm, str(tmp_path), signalled)
+    assert first == second
+    assert len(first) == 1
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
