@@ -6,6 +6,7 @@ It is a callback of `pytorch_lightning` if only that is imported or installed, a
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 import sys
 from importlib.util import find_spec
@@ -21,6 +22,9 @@ else:
     package = "pytorch_lightning" if is_imported or find_spec("lightning") is None else "lightning.pytorch"
     Callback = importlib.import_module(package).Callback
     SIGTERMException = importlib.import_module(f"{package}.utilities.exceptions").SIGTERMException
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Loops:
@@ -57,10 +61,10 @@ class CheckpointCallback(Callback):
     and the counters of the loops. The metrics are those that were logged. The fit ends when the manager says so. As
     when Lightning resumes by itself, the data of an epoch begins again unless its data loader has a state. Several
     optimizers make several steps in a batch: if one of them is due, the last one is saved. The last step of an epoch is
-    saved after the validation and `on_train_epoch_end`.
+    saved after the validation and `on_train_epoch_end`, unless the fit ends within the epoch.
 
-    After SIGTERM, Lightning ends a fit on one device by an error, and the callback then saves the last step. On several
-    devices, the manager handles the signal.
+    After SIGTERM, Lightning ends a fit on one device with an exception, and the callback then saves the last step. On
+    several devices, the manager handles the signal.
 
     Args:
         manager: the manager. Pass `enable_checkpointing=False` to the Trainer, or it saves checkpoints of its own, too.
@@ -71,7 +75,7 @@ class CheckpointCallback(Callback):
         self._loops: _Loops | None = None
         """None if there is no fit."""
         self._state: dict[str, Any] = {}
-        self._handler: Any = None
+        self._handler_before: Any = None
         """What handled SIGTERM before Lightning."""
         self._step = 0
         """The last step that was passed to the manager."""
@@ -87,12 +91,13 @@ class CheckpointCallback(Callback):
         )
         self._manager.restore(self._state)
         self._step = self._saved_step = trainer.global_step
-        self._handler = signal.getsignal(signal.SIGTERM)
+        self._handler_before = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # On several ranks, Lightning's handler makes a collective, which can meet one of the training on another rank.
-        if trainer.world_size > 1 and self._manager.handles(signal.SIGTERM):
-            signal.signal(signal.SIGTERM, self._handler)
+        is_replaced = signal.getsignal(signal.SIGTERM) != self._handler_before
+        if is_replaced and trainer.world_size > 1 and self._manager.handles(signal.SIGTERM):
+            signal.signal(signal.SIGTERM, self._handler_before)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,7 +122,10 @@ class CheckpointCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # On several ranks, others may not come here.
         if isinstance(exception, SIGTERMException) and trainer.world_size == 1 and self._loops is not None:
-            self._save(trainer, force=trainer.global_step != self._saved_step)
+            try:
+                self._save(trainer, force=trainer.global_step != self._saved_step)
+            except Exception as error:  # Lightning has an exception to raise, and something to end before it
+                logger.error("step %d could not be saved: %s: %s", self._step, type(error).__name__, error)
         self._loops = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

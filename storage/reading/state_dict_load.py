@@ -6,6 +6,7 @@ A `CheckedLoad` becomes a `PreparedLoad`, and this a `FinishedLoad`.
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,13 +195,12 @@ def _assemble(match: NameMatch, leaf: Leaf, items: Mapping[str, Any]) -> Any:
     return nest(items, paths)[top]
 
 
-def _in_class_of(empty: Any, items: Any) -> Any:
-    """Return the items of a dict in a dict of the class of an empty one, such as a defaultdict."""
-    if type(empty) is dict or not isinstance(empty, dict):
-        return items
+def _in_class_of(empty: Any, value: Any) -> Any:
+    """Return a dict as one of the same class as an empty dict, if that class is of the standard library."""
+    if type(empty) not in (OrderedDict, defaultdict, Counter) or not isinstance(value, dict):
+        return value
     filled = copy.copy(empty)
-    for key, item in items.items():
-        filled[key] = item
+    filled.update(value)
     return filled
 
 

@@ -181,8 +181,8 @@ def _part(path: Path, key: Any) -> str | Key:
         pass
     where = f"in {name_of(path)!r}" if path else "of the state dict"
     raise UnsupportedValueError(
-        f"the key {key!r} {where} is of {type(key)}: keys may be strings, numbers but NaN, None, dtypes, and tuples of "
-        "them"
+        f"the key {key!r} {where} is of {type(key)}: keys may be strings, numbers except NaN, None, dtypes, and tuples "
+        "of them"
     )
 
 

@@ -38,9 +38,10 @@ LONG_AGO_S = 600.0
 SHORT_WAIT_S = 2.5 * RENEW_EVERY_S
 """How long a sign of life is awaited then: the clocks of the two machines may differ."""
 TAKEOVER_MS = 120_000
-"""How far the numbers of a new holder are above the time of the takeover, by the clocks of both holders. The old one
-may still run, and notices within 30 s that it has lost the lease."""
+"""How far the numbers of a new holder are above the time of the takeover, by the later of the two clocks. The old
+holder may still run, and notices within 30 s that it has lost the lease."""
 MAX_SAVES_BETWEEN_RENEWALS = 1000
+"""How many numbers a holder may have used since it stored the last one."""
 RELEASE_TIMEOUT_S = 2.0
 """How long a release waits for a renewal that runs."""
 _NAME = re.compile(rf"{re.escape(FOLDER)}/(\d{{8,18}})\.json")
@@ -83,13 +84,14 @@ def _holder_in(store: Store, name: str) -> Holder | None:
     """Return the holder of a lease; None if the object is gone or cannot be understood."""
     try:
         found = json.loads(bytes(store.read(name, 0, _MAX_BYTES)))
-        return Holder(**{field.name: found[field.name] for field in fields(Holder) if field.name in found})
-    except (ObjectNotFoundError, ValueError, TypeError):
+        holder = Holder(**{field.name: found[field.name] for field in fields(Holder) if field.name in found})
+        return replace(holder, time=float(holder.time), sequence=int(holder.sequence))
+    except (ObjectNotFoundError, ValueError, TypeError, OverflowError):
         return None
 
 
 def _sequence_after(holder: Holder | None) -> int:
-    """Return a number for a save that a holder has not used, and will not use if it still runs."""
+    """Return a number for a save that a holder has not used and, even if it still runs, will not use."""
     if holder is None:  # its object cannot be understood
         return int(time.time() * 1000) + TAKEOVER_MS
     renewed = int(holder.time * 1000)
@@ -235,7 +237,7 @@ class Lease:
         found = self._read(self._number)
         if found is not None and found.id != self._holder.id:  # the folder was removed, and another manager created it
             self._lose(self._number)
-        if found is None:
+        if found is None and self._number not in numbers:
             raise StoreError(
                 f"the manager's object {_name(self._number)} in {self._store.location} is gone: the folder was "
                 "removed, replaced or unmounted. Make it available again, or close this manager and create a new one"

@@ -232,22 +232,34 @@ class RunController:
             found_of_step = {found for found in wanted if found[0] == step}
             others = ((step, entry.sequence) for entry in entries if entry.step == step and entry.is_complete)
             wanted = found_of_step or set(sorted(others)[-1:])
-        candidates = []
-        for location in self._locations:
-            for entry in location.entries():
-                if not entry.is_complete or (entry.step, entry.sequence) in wanted:
-                    uri = location.uri_of(entry.folder)
-                    candidates.append(Candidate(_with_problem(entry), uri, on_mirror=location is self._mirror))
-        last = max((found.entry.step for found in candidates if found.entry.is_complete), default=-1)
+        known = [
+            Candidate(self._with_problem(entry), location.uri_of(entry.folder), on_mirror=location is self._mirror)
+            for location in self._locations
+            for entry in location.entries()
+            if not entry.is_complete or (entry.step, entry.sequence) in wanted
+        ]
+        last = max((found.entry.step for found in known if found.entry.is_complete), default=-1)
         candidates = [
             found
-            for found in candidates
+            for found in known
             if found.entry.is_complete or (found.entry.step > last and step in (None, found.entry.step))
         ]
         self._reading = sorted(candidates, key=lambda found: (-found.entry.step, found.on_mirror))
         for location in self._locations:
             location.protect(self._folders_read_from(location))
         return self._reading
+
+    def _with_problem(self, entry: RunEntry) -> RunEntry:
+        """Return a checkpoint with a problem if no rank sees all of it."""
+        if not entry.is_partial or entry.problem:
+            return entry
+        if self._copier is None:  # the manager that saves may still copy it
+            return replace(entry, problem="it has not been copied to the mirror yet", is_committed=False)
+        error = StoreError(
+            "each rank sees only what it wrote itself, and the mirror has no complete copy. Continue on the machines "
+            "that saved it, or remove its folder on all of them"
+        )
+        return replace(entry, problem=str(error), error=error)
 
     def end_restore(self) -> None:
         """Allow the removal of the candidates again."""
@@ -320,17 +332,6 @@ class RunController:
         if result.is_complete:
             self._mirror.remove_not_kept()
         self.root.remove_not_kept()
-
-
-def _with_problem(entry: RunEntry) -> RunEntry:
-    """Return a checkpoint with a problem if no rank sees all of it."""
-    if not entry.is_partial or entry.problem:
-        return entry
-    error = StoreError(
-        "each rank sees only what it wrote itself, and the mirror has no complete copy. Continue on the machines that "
-        "saved it, or remove its folder on all of them"
-    )
-    return replace(entry, problem=str(error), error=error)
 
 
 def with_step(saved: Sequence[SavedStep], new: SavedStep) -> tuple[SavedStep, ...]:

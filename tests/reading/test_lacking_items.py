@@ -89,6 +89,19 @@ def test_an_empty_dict_is_replaced_by_one_of_its_class(new: dict[str, Any], tmp_
         assert part.loaded["c"] == []
 
 
+@pytest.mark.parametrize("saved", [{"a": 1}, [1, ONE]])
+def test_an_empty_dict_receives_a_list_or_has_another_class(saved: Any, tmp_path: Path) -> None:
+    class Frozen(dict[str, Any]):
+        def __setitem__(self, key: str, value: Any) -> None:
+            raise TypeError("frozen")
+
+    reshard.save({"p": Part(saved)}, tmp_path)
+    for new in (OrderedDict[str, Any](), Frozen()):
+        part = Part(new)
+        reshard.load({"p": part}, tmp_path)
+        assert part.loaded == saved
+
+
 def test_the_extra_state_of_a_module_receives_what_it_lacks_but_its_parameters_do_not(tmp_path: Path) -> None:
     saved = nn.Sequential(WithExtraState({"a": 1, "b": {"c": 2}}), nn.Linear(2, 2))
     reshard.save(reshard.training_state(saved), tmp_path)

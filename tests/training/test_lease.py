@@ -109,6 +109,24 @@ def test_a_manager_in_a_folder_that_was_created_again_is_detected(tmp_path: Path
     new.release()
 
 
+def test_a_damaged_object_of_a_lease_is_written_again(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path), renew_every_s=3600)
+    (path,) = (tmp_path / FOLDER).iterdir()
+    path.write_bytes(b"")
+    lease.check()
+    lease.renew()
+    assert holder_of(tmp_path)["pid"] == os.getpid()
+    lease.release()
+
+
+@pytest.mark.parametrize(("field", "value"), [("time", "x"), ("time", None), ("sequence", "x"), ("sequence", [])])
+def test_a_lease_with_a_field_of_another_type_is_taken_over(abandoned: Path, field: str, value: Any) -> None:
+    change_holder(abandoned, **{field: value})
+    lease = Lease(str(abandoned))
+    assert lease.first_sequence > time.time() * 1000
+    lease.release()
+
+
 def test_a_lease_of_a_later_version_is_understood(tmp_path: Path) -> None:
     lease = Lease(str(tmp_path), renew_every_s=3600)
     change_holder(tmp_path, new_field=1)
