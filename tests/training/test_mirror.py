@@ -463,9 +463,7 @@ def test_lost_mirror_lease_stops_the_manager(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["root", "mirror"])
 @pytest.mark.parametrize("becomes", ["nothing", "empty", "file"])
-def test_a_location_that_disappears_is_an_error(
-    tmp_path: Path, which: str, becomes: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_location_that_disappears_is_an_error(tmp_path: Path, which: str, becomes: str) -> None:
     """For example, it was unmounted. A restore must not return None, as if the run were new."""
     place = tmp_path / which
     with manager_of(tmp_path) as manager:
@@ -683,7 +681,7 @@ def restore_on_own_disks(folder: str, read_only: bool) -> tuple[str, int | None]
 
 
 def test_a_checkpoint_of_which_each_rank_sees_a_part_is_not_passed_over_silently(
-    ranks: RankPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ranks: RankPool, tmp_path: Path
 ) -> None:
     ranks.run(2, save_on_nodes, str(tmp_path), 1)
     shutil.rmtree(tmp_path / "mirror")
